@@ -1,0 +1,1 @@
+"""What can be proven: evidence in, certificate out. Nothing here steps an environment."""

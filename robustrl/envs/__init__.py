@@ -1,0 +1,14 @@
+"""Gymnasium's side: noise wrappers, the chain validator, recipes.
+
+A wrapper has one name for its three hosts: `NoiseObservation` here wraps a `gymnasium.Env`,
+`robustrl.envs.vector.NoiseObservation` a `gymnasium.vector.VectorEnv`, `robustrl.envs.sb3.NoiseObservation` an SB3 `VecEnv`;
+`add_noise(env, noise)` picks the host.
+"""
+
+from robustrl.envs.bounds import known_return_bounds
+from robustrl.envs.chain import Chain, check_chain
+from robustrl.envs.hosts import add_noise
+from robustrl.envs.recipe import EnvRecipe, make_vec_env
+from robustrl.envs.single import NoiseObservation
+
+__all__ = ["Chain", "EnvRecipe", "NoiseObservation", "add_noise", "check_chain", "known_return_bounds", "make_vec_env"]

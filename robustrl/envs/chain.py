@@ -1,0 +1,155 @@
+"""The chain validator: which wrapper sits where, and whether the proof survives it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import VectorEnv
+
+from robustrl.errors import ChainError
+from robustrl.noise import Noise
+
+ROLES: dict[str, str] = {
+    # qualified names instead of classes: inspecting a chain must not import every optional wrapper
+    "gymnasium.wrappers.stateful_observation.FrameStackObservation": "frame_stack",
+    "stable_baselines3.common.vec_env.vec_frame_stack.VecFrameStack": "frame_stack",
+    "stable_baselines3.common.monitor.Monitor": "monitor",
+    "stable_baselines3.common.vec_env.vec_monitor.VecMonitor": "monitor",
+    "gymnasium.wrappers.common.RecordEpisodeStatistics": "monitor",
+    "gymnasium.wrappers.vector.common.RecordEpisodeStatistics": "monitor",
+    "gymnasium.wrappers.transform_reward.TransformReward": "reward",
+    "gymnasium.wrappers.transform_reward.ClipReward": "reward",
+    "gymnasium.wrappers.stateful_reward.NormalizeReward": "reward",
+    "gymnasium.wrappers.vector.stateful_reward.NormalizeReward": "reward",
+    "stable_baselines3.common.atari_wrappers.ClipRewardEnv": "reward",
+    "stable_baselines3.common.atari_wrappers.EpisodicLifeEnv": "reward",
+    "stable_baselines3.common.vec_env.vec_normalize.VecNormalize": "normalize",
+    "gymnasium.wrappers.stateful_observation.NormalizeObservation": "normalize",
+    "gymnasium.wrappers.vector.stateful_observation.NormalizeObservation": "normalize",
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One wrapper (or the environment itself) of a chain."""
+
+    env: Any
+    name: str
+    role: str
+
+    @property
+    def space(self) -> gym.Space[Any]:
+        """Observation space of a single environment at this layer."""
+        space: gym.Space[Any] = getattr(self.env, "single_observation_space", None) or self.env.observation_space
+        return space
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A wrapper chain that passed `check_chain`, from the environment outwards."""
+
+    layers: tuple[str, ...]
+    noise: Noise | None
+    horizon: int
+
+    def __str__(self) -> str:
+        return " -> ".join(self.layers) + f"  (noise: {self.noise}, horizon: {self.horizon})"
+
+
+def layers_of(env: Any) -> list[Layer]:
+    """The layers of a chain, innermost first, through SB3 vector environments, Gymnasium vector environments and wrappers.
+
+    Raises:
+        ChainError: if an environment runs in another process and cannot be inspected.
+        TypeError: if `env` is none of these.
+    """
+    from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
+
+    found: list[Layer] = []
+    while True:
+        kind = type(env)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        role = getattr(kind, "chain_role", None) or ROLES.get(name) or ("reward" if isinstance(env, gym.RewardWrapper) else "other")
+        found.append(Layer(env, kind.__name__, role))
+        if isinstance(env, VecEnvWrapper):
+            env = env.venv
+        elif isinstance(env, DummyVecEnv) or (isinstance(env, VectorEnv) and getattr(env, "envs", None)):
+            env = env.envs[0]
+        elif isinstance(env, VecEnv) or "Async" in kind.__name__:
+            raise ChainError(f"{kind.__name__} runs its environments in other processes, where the chain cannot be inspected; "
+                             "build it with robustrl.make_vec_env, or use DummyVecEnv / SyncVectorEnv")
+        elif isinstance(env, gym.Wrapper) or hasattr(env, "env") and isinstance(env, VectorEnv):
+            env = env.env
+        elif isinstance(env, gym.Env | VectorEnv):
+            return found[::-1]
+        else:
+            raise TypeError(f"env must be a gymnasium Env or VectorEnv or an SB3 VecEnv, got {kind.__name__}")
+
+
+def check_order(env: Any) -> list[Layer]:
+    """Raise ChainError if the order of wrappers breaks the proof; the part of `check_chain` that needs no horizon."""
+    layers = layers_of(env)
+    index = {role: [i for i, layer in enumerate(layers) if layer.role == role] for role in
+             ("noise", "attack", "frame_stack", "monitor", "reward", "normalize")}
+    text = " -> ".join(layer.name for layer in layers)
+    if len(index["noise"]) > 1:
+        raise ChainError(f"two noise wrappers in {text}: the certificate would not know which to count; keep one")
+    for i in index["normalize"]:
+        wrapper = layers[i].env
+        if getattr(wrapper, "training", False) or getattr(wrapper, "update_running_mean", False):
+            raise ChainError(f"{layers[i].name} still updates its statistics, which leak clean observations: freeze it "
+                             "(training=False, update_running_mean=False)")
+    if index["reward"] and index["monitor"] and min(index["reward"]) < max(index["monitor"]):
+        raise ChainError(f"{layers[min(index['reward'])].name} changes rewards inside the return monitor in {text}: "
+                         "the certified return would not be the environment's; put the monitor nearer to the environment")
+    if not index["noise"]:
+        return layers
+    noise = index["noise"][0]
+    if index["frame_stack"] and min(index["frame_stack"]) < noise:
+        raise ChainError(f"noise after frame stacking in {text}: each frame would be shown several times through fresh noise; "
+                         "the right order is environment -> attack -> noise -> frame stack")
+    if index["attack"] and max(index["attack"]) > noise:
+        raise ChainError(f"attack outside the noise in {text}: the attacker would see the noise it is not allowed to see; "
+                         "the right order is environment -> attack -> noise -> frame stack")
+    first = min(index["attack"], default=noise - 1)
+    for layer in layers[first:noise]:
+        dtype = layer.space.dtype
+        if dtype is None or not np.issubdtype(dtype, np.floating):
+            raise ChainError(f"{layer.name} has an integer observation space ({dtype}) between the attack and the noise in {text}: "
+                             "rounding there can enlarge an attack without limit; convert to float before the attack point")
+    return layers
+
+
+def check_chain(env: Any) -> Chain:
+    """Inspect a wrapper chain and raise on everything that breaks the proof of an episode certificate.
+
+    Args:
+        env: a `gymnasium.Env`, a `gymnasium.vector.VectorEnv` or an SB3 `VecEnv`.
+    Returns:
+        the chain: layer names from the environment outwards, noise mechanism, horizon.
+    Raises:
+        ChainError: noise after the frame stack, an attack outside the noise, a normaliser that still learns, an integer
+            space between attack and noise, a reward-changing wrapper inside the return monitor, no finite horizon, two
+            noises, or environments in other processes.
+
+    Examples:
+        >>> import robustrl as rrl
+        >>> print(rrl.check_chain(rrl.make_vec_env("CartPole-v1", noise=rrl.Gaussian(0.2), max_episode_steps=200)))
+        CartPoleEnv -> PassiveEnvChecker -> OrderEnforcing -> TimeLimit -> Monitor -> DummyVecEnv -> NoiseObservation  (noise: Gaussian(sigma=0.2), horizon: 200)
+    """
+    layers = check_order(env)
+    horizon = find_horizon(layers)
+    if horizon is None:
+        raise ChainError("the environment has no finite horizon: wrap it in gymnasium.wrappers.TimeLimit or pass max_episode_steps=")
+    noise = next((layer.env.noise for layer in layers if layer.role == "noise"), None)
+    return Chain(tuple(layer.name for layer in layers), noise, horizon)
+
+
+def find_horizon(layers: list[Layer]) -> int | None:
+    """Most steps an episode can have: the tightest time limit of the chain, or None."""
+    limits = [getattr(layer.env, "_max_episode_steps", None) for layer in layers if isinstance(layer.env, gym.wrappers.TimeLimit)]
+    limits += [getattr(layer.env, "max_episode_steps", None) for layer in layers if isinstance(layer.env, VectorEnv) and not hasattr(layer.env, "env")]
+    return min((int(limit) for limit in limits if limit is not None), default=None)

@@ -1,0 +1,275 @@
+"""An environment as a recipe: what travels to workers, into run files and into certificates."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import gymnasium as gym
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+
+from robustrl.envs.chain import check_chain, find_horizon, layers_of
+from robustrl.errors import ChainError, check_choice, check_count
+from robustrl.noise import Noise, noise_from_dict
+from robustrl.policy import Padding
+
+
+@dataclass(frozen=True)
+class EnvRecipe:
+    """Everything needed to build an environment anywhere.
+
+    Args:
+        env_id: registered Gymnasium id; or None if `factory` is given.
+        factory: zero-argument callable that returns a `gymnasium.Env`; travels to local workers, cannot be stored in files.
+        env_kwargs: keyword arguments of `gymnasium.make`.
+        wrappers: callables applied to the environment, innermost first.
+        max_episode_steps: horizon; default the registered one.
+        noise: smoothing noise, added once per arriving frame, before the frame stack; None for an undefended agent.
+        frame_stack: frames in one observation of the policy.
+        stack_padding: "reset" (copies of the first frame) or "zero".
+
+    Raises:
+        ChainError: if the environment has no finite horizon.
+        ValueError: for an unknown id or bad numbers.
+    """
+
+    env_id: str | None = None
+    factory: Callable[[], gym.Env[Any, Any]] | None = None
+    env_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    wrappers: tuple[Callable[[gym.Env[Any, Any]], gym.Env[Any, Any]], ...] = ()
+    max_episode_steps: int | None = None
+    noise: Noise | None = None
+    frame_stack: int = 1
+    stack_padding: Padding = "reset"
+
+    def __post_init__(self) -> None:
+        if (self.env_id is None) == (self.factory is None):
+            raise ValueError("an environment recipe needs exactly one of env_id and factory")
+        if self.noise is not None and not isinstance(self.noise, Noise):
+            raise TypeError(f"noise must be a robustrl noise mechanism such as Gaussian(0.2), got {self.noise!r}")
+        if self.max_episode_steps is not None:
+            check_count("max_episode_steps", self.max_episode_steps)
+        check_count("frame_stack", self.frame_stack)
+        check_choice("stack_padding", self.stack_padding, ("reset", "zero"))
+        if self.env_id is not None:
+            find_spec(self.env_id)
+
+    @classmethod
+    def of(cls, env: Any, *, noise: Noise | None = None, **changes: Any) -> EnvRecipe:
+        """The recipe of an id, `EnvSpec`, factory, recipe, or of a vector environment made by `make_vec_env`.
+
+        Args:
+            env: what the user has.
+            noise: noise to add; refused if the recipe already holds one.
+            changes: further fields of the recipe that are not None replace the recipe's own.
+        Raises:
+            ChainError: for a second noise, or wrappers outside `make_vec_env` that the recipe does not know.
+        """
+        if isinstance(env, cls):
+            recipe = env
+        elif isinstance(env, str):
+            recipe = cls(env_id=env)
+        elif isinstance(env, EnvSpec):
+            if env.additional_wrappers:
+                raise ChainError(f"the spec of {env.id} lists wrappers; pass them as wrappers= of an EnvRecipe instead")
+            recipe = cls(env_id=env.id, env_kwargs=dict(env.kwargs), max_episode_steps=env.max_episode_steps)
+        elif isinstance(getattr(env, "recipe", None), cls):
+            recipe = env.recipe
+            outside = [layer.name for layer in layers_of(env)]
+            known = [layer.name for layer in layers_of(env.recipe_env)]
+            extra = [name for name in outside[len(known) :] if name != "VecMonitor"]
+            if extra:
+                raise ChainError(f"{', '.join(extra)} wrapped around make_vec_env(...) is not in the recipe, so it would be left out; "
+                                 "pass wrapper_class= to make_vec_env, or keep it out of the certified chain")
+        elif callable(env):
+            recipe = cls(factory=env)
+        else:
+            raise TypeError(
+                "env must be an id, an EnvSpec, a zero-argument factory, an EnvRecipe or a vector env from make_vec_env, "
+                f"got {type(env).__name__}"
+            )
+        if noise is not None:
+            if recipe.noise is not None and recipe.noise != noise:
+                raise ChainError(f"two noises: the environment already adds {recipe.noise}, noise={noise} would come on top")
+            changes["noise"] = noise
+        return replace(recipe, **{name: value for name, value in changes.items() if value is not None})
+
+    def base_env(self, inner: Callable[[gym.Env[Any, Any]], gym.Env[Any, Any]] | None = None) -> gym.Env[Any, Any]:
+        """A fresh environment without noise and frame stack.
+
+        Args:
+            inner: wrapper applied before the recipe's own wrappers (a return monitor).
+        """
+        if self.factory is not None:
+            env = self.factory()
+            if not isinstance(env, gym.Env):
+                raise TypeError(f"the environment factory must return a gymnasium.Env, got {type(env).__name__}")
+            if self.max_episode_steps is not None:
+                env = gym.wrappers.TimeLimit(env, self.max_episode_steps)
+        else:
+            assert self.env_id is not None
+            try:
+                env = gym.make(self.env_id, max_episode_steps=self.max_episode_steps, **self.env_kwargs)
+            except (TypeError, gym.error.Error) as error:
+                raise ValueError(f"environment {self.env_id!r} cannot be made with {dict(self.env_kwargs)}: {error}") from error
+        if inner is not None:
+            env = inner(env)
+        for wrapper in self.wrappers:
+            env = wrapper(env)
+        return env
+
+    @cached_property
+    def _facts(self) -> tuple[int, spaces.Space[Any], spaces.Space[Any]]:
+        env = self.base_env()
+        horizon = find_horizon(layers_of(env))
+        observation_space, action_space = env.observation_space, env.action_space
+        env.close()
+        if horizon is None:
+            raise ChainError(f"{self.label} has no finite horizon: pass max_episode_steps=")
+        return horizon, observation_space, action_space
+
+    @property
+    def label(self) -> str:
+        """Name for titles."""
+        return self.env_id or getattr(self.factory, "__qualname__", type(self.factory).__name__)
+
+    @property
+    def horizon(self) -> int:
+        """Most steps an episode can have."""
+        return self._facts[0]
+
+    @property
+    def frame_space(self) -> spaces.Box:
+        """Space of one clean frame.
+
+        Raises:
+            TypeError: if it is not a Box.
+        """
+        space = self._facts[1]
+        if not isinstance(space, spaces.Box):
+            raise TypeError(f"{self.label}: observations must be a Box space, got {space}")
+        return space
+
+    @property
+    def action_space(self) -> spaces.Space[Any]:
+        """Action space of one environment."""
+        return self._facts[2]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for files. Factories and wrappers are named, not stored: such a recipe must be passed in again."""
+        return {
+            "env_id": self.env_id,
+            "factory": None if self.factory is None else self.label,
+            "env_kwargs": dict(self.env_kwargs),
+            "wrappers": [getattr(w, "__qualname__", repr(w)) for w in self.wrappers],
+            "max_episode_steps": self.horizon,
+            "noise": None if self.noise is None else self.noise.to_dict(),
+            "frame_stack": self.frame_stack,
+            "stack_padding": self.stack_padding,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> EnvRecipe:
+        """Inverse of `to_dict`, for recipes without factory and wrappers.
+
+        Raises:
+            ValueError: if fields are missing or unknown, or the recipe named a factory or wrappers.
+        """
+        fields = dict(data)
+        if fields.pop("factory", None) is not None or fields.get("wrappers"):
+            raise ValueError("this recipe used a factory or wrappers, which files cannot hold: pass the environment again")
+        fields["wrappers"] = ()
+        noise = fields.get("noise")
+        fields["noise"] = None if noise is None else noise_from_dict(noise)
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ValueError(f"not an environment recipe: {error}") from None
+
+    def fingerprint(self) -> str:
+        """SHA-256 of `to_dict`."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def find_spec(env_id: str) -> EnvSpec:
+    """The registered spec of an id, importing `module:id` modules as Gymnasium does.
+
+    Raises:
+        ValueError: if it is unknown, with Gymnasium's own suggestion.
+    """
+    if not isinstance(env_id, str):
+        raise TypeError(f"env id must be a string, got {type(env_id).__name__}")
+    try:
+        return gym.spec(env_id)
+    except (gym.error.Error, ModuleNotFoundError) as error:
+        raise ValueError(f"unknown environment id {env_id!r}: {error}") from None
+
+
+def make_vec_env(
+    env_id: Any,
+    n_envs: int = 1,
+    *,
+    noise: Noise | None = None,
+    frame_stack: int | None = None,
+    stack_padding: Padding | None = None,
+    max_episode_steps: int | None = None,
+    seed: int | None = None,
+    env_kwargs: Mapping[str, Any] | None = None,
+    wrapper_class: Callable[[gym.Env[Any, Any]], gym.Env[Any, Any]] | None = None,
+    vec_env_cls: Any = None,
+) -> Any:
+    """An SB3 vector environment with noise and frame stack in the order that the certificate needs.
+
+    SB3's `make_vec_env` with three more arguments; the chain is environment -> Monitor -> wrappers -> noise -> frame stack.
+    The result carries its `EnvRecipe` as `.recipe`, so `certify_policy(model, env)` needs nothing else.
+
+    Args:
+        env_id: anything `EnvRecipe.of` takes: id, EnvSpec, factory, recipe.
+        n_envs: number of environments side by side.
+        noise: smoothing noise, e.g. `robustrl.Gaussian(0.2)`; None for none.
+        frame_stack: frames in one observation.
+        stack_padding: how an episode's first stack is filled, "reset" or "zero".
+        max_episode_steps: horizon; default the registered one.
+        seed: seeds environments, action spaces and noise.
+        env_kwargs: keyword arguments of `gymnasium.make`.
+        wrapper_class: wrapper applied to each environment, inside the noise.
+        vec_env_cls: SB3 class to use; default `DummyVecEnv`.
+    Raises:
+        ChainError: if the chain breaks the proof.
+        ValueError: for an unknown id or bad numbers.
+    """
+    from stable_baselines3.common.monitor import Monitor
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    from robustrl.envs.sb3 import FrameStack, NoiseObservation
+
+    recipe = EnvRecipe.of(
+        env_id,
+        noise=noise,
+        frame_stack=frame_stack,
+        stack_padding=stack_padding,
+        max_episode_steps=max_episode_steps,
+        env_kwargs=env_kwargs,
+        wrappers=None if wrapper_class is None else (wrapper_class,),
+    )
+    check_count("n_envs", n_envs)
+    if isinstance(recipe.action_space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary) is False:
+        raise TypeError(f"{recipe.label}: Stable-Baselines3 cannot act in {recipe.action_space}")
+    venv: Any = (vec_env_cls or DummyVecEnv)([lambda: recipe.base_env(inner=Monitor)] * n_envs)
+    if recipe.noise is not None:
+        venv = NoiseObservation(venv, recipe.noise)
+    if recipe.frame_stack > 1:
+        venv = FrameStack(venv, recipe.frame_stack, recipe.stack_padding)
+    if seed is not None:
+        venv.seed(seed)
+        venv.action_space.seed(seed)
+    if vec_env_cls is None or issubclass(vec_env_cls, DummyVecEnv):
+        check_chain(venv)
+    venv.recipe = recipe
+    venv.recipe_env = venv
+    return venv
