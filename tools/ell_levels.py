@@ -15,7 +15,7 @@ import numpy as np
 
 from robustrl.certify.band import TABLE, solve_level
 
-SIZES = tuple(round(scale * step) for scale in (1e3, 1e4) for step in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)) + (100_000,)
+SIZES = (*(scale * step // 20 for scale in (1_000, 10_000) for step in (20, 25, 30, 40, 50, 60, 80, 100, 120, 160)), 100_000)
 ALPHAS = (0.25, 0.2, 0.1, 0.05, 0.025, 0.02, 0.0125, 0.01, 0.005, 0.0025, 0.001, 0.0005, 0.00025, 0.0001)
 
 

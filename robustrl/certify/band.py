@@ -62,7 +62,7 @@ def ell_crossing_probability(n: int, gamma: float) -> float:
         kernel = np.exp(arrivals[:size] * logs[step] - rates[step] - factorials[:size])
         counts = np.convolve(counts, kernel)[1 : tops[step] - step + 1]
     stay = counts[0] * math.exp(n * (u[-1] - 1) - (n * math.log(n) - n - math.lgamma(n + 1)))
-    return min(max(1.0 - stay, 0.0), 1.0)
+    return min(max(1.0 - float(stay), 0.0), 1.0)
 
 
 def solve_level(n: int, alpha: float) -> float:
@@ -138,7 +138,8 @@ def bonferroni_ranks(n: int) -> NDArray[np.int64]:
 
 def _beta_upper(ranks: NDArray[np.int64], n: int, level: float) -> Floats:
     i = ranks.astype(np.float64)
-    return np.minimum(betainccinv(i, n - i + 1, level) * (1 + OUTWARD), 1.0)
+    bounds: Floats = np.minimum(betainccinv(i, n - i + 1, level) * (1 + OUTWARD), 1.0)
+    return bounds
 
 
 @cache

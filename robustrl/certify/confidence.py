@@ -78,5 +78,7 @@ def _counts(k: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> tuple[Floats, Float
             allowed = "integers >= 1" if name == "n" else "integers in [0, n]"
             raise ValueError(f"{name} must hold {allowed}, got {count[~valid].flat[0]}")
     if not np.all((alpha > 0) & (alpha <= 0.5)):
-        raise ValueError(f"alpha must be a failure probability in (0, 0.5], got {alpha[~((alpha > 0) & (alpha <= 0.5))].flat[0]}")
+        raise ValueError(
+            f"alpha must be a failure probability in (0, 0.5], got {alpha[~((alpha > 0) & (alpha <= 0.5))].flat[0]}"
+        )
     return k, n, alpha

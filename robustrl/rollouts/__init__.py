@@ -1,0 +1,1 @@
+"""Episodes in, returns out: vectorised, seeded, resumable, parallel."""

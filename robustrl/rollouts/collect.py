@@ -1,0 +1,106 @@
+"""Collect episodes: chunks from disk where they exist, from an executor where they do not."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any
+
+from robustrl.attacks.base import Attack
+from robustrl.envs.recipe import EnvRecipe
+from robustrl.errors import check_count
+from robustrl.policy import PolicyView
+from robustrl.rollouts.chunk import Episodes, Job, run_chunk
+from robustrl.rollouts.engines import make_engine
+from robustrl.rollouts.executor import Executor, LocalExecutor
+from robustrl.rollouts.progress import progress_bar
+from robustrl.rollouts.store import ChunkStore
+from robustrl.threat import ThreatModel
+
+ATTACK_CHUNK = 100
+"""Episodes per attacked chunk: every one of them carries `draws` copies through the network."""
+
+
+def make_job(
+    policy: PolicyView,
+    recipe: EnvRecipe,
+    *,
+    seed: int = 0,
+    chunk_size: int | None = None,
+    engine: str = "auto",
+    deterministic: bool = True,
+    attack: Attack | None = None,
+    threat: ThreatModel | None = None,
+) -> Job:
+    """A checked job; see `Job` for the arguments.
+
+    Raises:
+        ValueError: if policy, environment, attack and threat model do not fit each other.
+        TypeError: for spaces without a view.
+    """
+    check_count("seed", seed, least=0)
+    shape, space = policy.frame_shape, recipe.frame_space
+    if recipe.frame_stack != policy.n_frames:
+        raise ValueError(f"the policy stacks {policy.n_frames} frame(s), the environment recipe {recipe.frame_stack}")
+    if shape != space.shape:
+        raise ValueError(f"the policy takes frames of shape {shape}, but {recipe.label} gives {space.shape}")
+    n_actions = getattr(recipe.action_space, "n", None)
+    if n_actions is None or int(n_actions) != policy.n_actions or int(getattr(recipe.action_space, "start", 0)) != 0:
+        raise ValueError(f"the policy has {policy.n_actions} actions, but {recipe.label} takes {recipe.action_space}")
+    if recipe.noise is not None and space.dtype is not None and space.dtype.kind != "f":
+        raise ValueError(f"noise needs float observations, but {recipe.label} gives {space.dtype}: convert them in a wrapper")
+    if (attack is None) != (threat is None):
+        raise ValueError("attack and threat go together: got one without the other")
+    if attack is not None and threat is not None:
+        attack.check(policy, threat)
+    probe = make_engine(recipe, engine)
+    probe.close()
+    default = probe.default_chunk if attack is None else min(probe.default_chunk, ATTACK_CHUNK)
+    size = default if chunk_size is None else check_count("chunk_size", chunk_size)
+    return Job(policy, recipe, int(seed), size, probe.name, bool(deterministic), attack, threat)
+
+
+def collect(
+    job: Job,
+    episodes: int,
+    *,
+    n_workers: int = 1,
+    executor: Executor | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+    label: str = "episodes",
+) -> Episodes:
+    """Roll out `episodes` episodes of a job, in run order.
+
+    Args:
+        job: what to roll out.
+        episodes: how many; fixed beforehand, whatever their returns.
+        n_workers: processes on this machine.
+        executor: another way to run the chunks.
+        folder: where finished chunks are kept; a run that was killed or interrupted goes on from them.
+        progress: show a bar with an ETA.
+        label: its text.
+    Returns:
+        the episodes; bit-equal for any number of workers and after any interruption.
+    Raises:
+        ChunkError: if the folder holds damaged chunks or another job's.
+        WorkerError: if workers keep dying.
+    """
+    check_count("episodes", episodes)
+    store = None if folder is None else ChunkStore(folder, job)
+    sizes = [min(job.chunk_size, episodes - start) for start in range(0, episodes, job.chunk_size)]
+    parts: list[Episodes | None] = [None if store is None else store.load(i, n) for i, n in enumerate(sizes)]
+    missing = [i for i, part in enumerate(parts) if part is None]
+    runner = executor or LocalExecutor(min(n_workers, max(1, len(missing))) if n_workers > 1 else check_count("n_workers", n_workers))
+    with progress_bar(label, episodes, visible=progress) as advance:
+        advance(sum(len(part) for part in parts if part is not None))
+        for index, part in runner.run(partial(_run, job), [(i, sizes[i]) for i in missing]):
+            if store is not None:
+                store.save(missing[index], part)
+            parts[missing[index]] = part
+            advance(len(part))
+    return Episodes.concatenate([part for part in parts if part is not None])
+
+
+def _run(job: Job, task: tuple[int, int]) -> Any:
+    return run_chunk(job, *task)
