@@ -1,1 +1,71 @@
-"""robustrl."""
+"""robustrl: reinforcement learning that stays good when its observations are tampered with, and can prove it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from robustrl import agents, attacks, certify, envs, policy, rollouts
+    from robustrl.api import Verification, attack_policy, certify_policy, load_agent, verify_certificate
+    from robustrl.certify.certificate import Certificate, EpisodeCertificate
+    from robustrl.certify.returns import certify_quantile, certify_return, certify_success, episode_budget, plug_in_return
+    from robustrl.envs.bounds import known_return_bounds
+    from robustrl.envs.chain import check_chain
+    from robustrl.envs.hosts import add_noise
+    from robustrl.envs.recipe import EnvRecipe, make_vec_env
+    from robustrl.noise import Ablation, Gaussian, Laplace, Noise, Splitting, Uniform
+    from robustrl.report.attack import AttackReport
+    from robustrl.threat import Ledger, ThreatModel
+    from robustrl.training import presets
+    from robustrl.training.train import train
+
+__version__ = "0.1.0"
+
+# Public names and where they live. Loaded on first use (PEP 562), so that `import robustrl` is quick.
+_HOMES = {
+    "robustrl.api": ("Verification", "attack_policy", "certify_policy", "load_agent", "verify_certificate"),
+    "robustrl.certify.certificate": ("Certificate", "EpisodeCertificate"),
+    "robustrl.certify.returns": ("certify_quantile", "certify_return", "certify_success", "episode_budget", "plug_in_return"),
+    "robustrl.envs.bounds": ("known_return_bounds",),
+    "robustrl.envs.chain": ("check_chain",),
+    "robustrl.envs.hosts": ("add_noise",),
+    "robustrl.envs.recipe": ("EnvRecipe", "make_vec_env"),
+    "robustrl.noise": ("Ablation", "Gaussian", "Laplace", "Noise", "Splitting", "Uniform"),
+    "robustrl.report.attack": ("AttackReport",),
+    "robustrl.threat": ("Ledger", "ThreatModel"),
+    "robustrl.training.train": ("train",),
+}
+_MODULES = {
+    "agents": "robustrl.agents",
+    "attacks": "robustrl.attacks",
+    "certify": "robustrl.certify",
+    "envs": "robustrl.envs",
+    "policy": "robustrl.policy",
+    "presets": "robustrl.training.presets",
+    "rollouts": "robustrl.rollouts",
+}
+_NAMES = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Ablation", "AttackReport", "Certificate", "EnvRecipe", "EpisodeCertificate", "Gaussian", "Laplace", "Ledger", "Noise",
+    "Splitting", "ThreatModel", "Uniform", "Verification", "add_noise", "agents", "attack_policy", "attacks",
+    "certify", "certify_policy", "certify_quantile", "certify_return", "certify_success", "check_chain", "envs", "episode_budget",
+    "known_return_bounds", "load_agent", "make_vec_env", "plug_in_return", "policy", "presets", "rollouts", "train",
+    "verify_certificate",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value: Any = importlib.import_module(_MODULES[name])
+    elif name in _NAMES:
+        value = getattr(importlib.import_module(_NAMES[name]), name)
+    else:
+        raise AttributeError(f"module 'robustrl' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -49,9 +49,14 @@ def _refuse(name: str, value: object, allowed: str) -> ValueError:
 
 def check_real(name: str, value: Any, *, allowed: str = "a finite real number", infinite: bool = False) -> float:
     """Return `value` as a float; refuse booleans, NaN and (unless `infinite`) infinities."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real | np.number | np.ndarray):
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise _refuse(name, value, allowed) from None
     if math.isnan(number) or (math.isinf(number) and not infinite):
         raise _refuse(name, value, allowed)
     return number
@@ -84,10 +89,12 @@ def check_count(name: str, value: Any, *, least: int = 1) -> int:
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
-    """Return `value` if it is one of `choices`."""
-    if value not in choices:
-        raise _refuse(name, value, "one of " + ", ".join(repr(choice) for choice in choices))
-    return value
+    """Return the one of `choices` that equals `value`; True is not 1."""
+    if isinstance(value, str | numbers.Real) or value is None:
+        for choice in choices:
+            if isinstance(value, bool) == isinstance(choice, bool) and value == choice:
+                return choice
+    raise _refuse(name, value, "one of " + ", ".join(repr(choice) for choice in choices))
 
 
 def as_floats(name: str, value: ArrayLike) -> NDArray[np.float64]:
@@ -97,7 +104,7 @@ def as_floats(name: str, value: ArrayLike) -> NDArray[np.float64]:
         if array.dtype.kind not in "fiub":
             raise TypeError
         return array.astype(np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a torch tensor with a gradient
         raise TypeError(f"{name} must be numeric, got {type(value).__name__}") from None
 
 

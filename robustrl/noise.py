@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr, ndtri
 
-from robustrl.errors import check_budget, check_count, check_positive, check_probability, check_real
+from robustrl.errors import check_budget, check_choice, check_count, check_positive, check_probability, check_real
 
 if TYPE_CHECKING:
     import torch
@@ -61,9 +61,10 @@ class Noise(ABC):
             x: frames, shape (n, *frame), floating dtype; numpy array or torch tensor.
             generator: `numpy.random.Generator` or `torch.Generator`, matching `x`; advanced.
         Returns:
-            same type, shape, dtype and device as `x`.
+            same type, shape, dtype and device as `x`. The sum is formed in the precision of the draws and rounded once.
         Raises:
-            ValueError: if `x` has an integer dtype (noise on integers is rounded and wraps around).
+            ValueError: if `x` has an integer dtype (noise on integers is rounded and wraps around) or is not a batch.
+            TypeError: if `x` is neither an array nor a tensor, or `generator` is not of its library.
         """
 
     @abstractmethod
@@ -89,7 +90,9 @@ class Noise(ABC):
 
     @abstractmethod
     def radius(self, p_lower: float, p_upper: float | None = None) -> float:
-        """Largest budget for which lower(p_lower) still reaches upper(p_upper), 0 if none.
+        """Budget below which lower(p_lower) stays above upper(p_upper), 0 if none.
+
+        Attacks of norm strictly less than the radius cannot change the winner; in norm 0, attacks on that many frames.
 
         Args:
             p_lower: lower bound on the winning class's probability.
@@ -100,11 +103,10 @@ class Noise(ABC):
             ValueError: if a probability is outside [0, 1].
         """
 
-    @abstractmethod
     def covering_budget(
         self, norm: float, *, step: float | None, episode: float | None, horizon: int, n_features: int
     ) -> float:
-        """Smallest episode budget in this mechanism's norm that covers a threat model stated in another way.
+        """An episode budget in this mechanism's norm that covers every attacker of a threat model.
 
         Args:
             norm: the threat's norm, one of 0, 1, 2, inf.
@@ -113,8 +115,23 @@ class Noise(ABC):
             horizon: most steps an episode can have.
             n_features: entries of one frame.
         Raises:
-            ValueError: if the mechanism has no bound for that norm.
+            ValueError: if the mechanism has no bound for that norm, or a number is negative or NaN.
         """
+        check_choice("norm", norm, (0, 1, 2, math.inf))
+        check_count("horizon", horizon)
+        check_count("n_features", n_features)
+        step = None if step is None else float(check_budget("step", step))
+        episode = None if episode is None else float(check_budget("episode", episode))
+        bounds = self._covering_budgets(norm, step, episode, horizon, n_features)
+        if not bounds:
+            raise ValueError(f"{type(self).__name__} has no certificate for this threat: norm {norm} with the budgets given")
+        return min(bounds)
+
+    @abstractmethod
+    def _covering_budgets(
+        self, norm: float, step: float | None, episode: float | None, horizon: int, n_features: int
+    ) -> list[float]:
+        """Every bound that applies; see `covering_budget`."""
 
     @property
     def caveats(self) -> tuple[str, ...]:
@@ -124,8 +141,8 @@ class Noise(ABC):
     @property
     def scale(self) -> str:
         """The parameters in words, for titles."""
-        values = ", ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in asdict(self).items())  # type: ignore[call-overload]
-        return f"{type(self).__name__}({values})"
+        values = (f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in self._fields().items())
+        return f"{type(self).__name__}({', '.join(values)})"
 
     def require(self, scope: str) -> None:
         """Raise ValueError unless the mechanism has a proof for `scope`."""
@@ -134,7 +151,10 @@ class Noise(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a certificate or a run file; `noise_from_dict` is the inverse."""
-        return {"kind": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+        return {"kind": type(self).__name__, **self._fields()}
+
+    def _fields(self) -> dict[str, Any]:
+        return asdict(cast(Any, self))
 
 
 @dataclass(frozen=True)
@@ -176,32 +196,37 @@ class Gaussian(Noise):
         return min(s for s in self.sigma if s > 0) if isinstance(self.sigma, tuple) else self.sigma
 
     def perturb(self, x: Frames, generator: Generator) -> Frames:
-        _check_frames(x)
+        _check_frames(x, generator)
         if isinstance(self.sigma, tuple) and x.shape[-1] != len(self.sigma):
             raise ValueError(f"sigma has {len(self.sigma)} entries, but the frames' last axis has {x.shape[-1]}")
         if self.sigma == 0.0:
-            return cast(Frames, x + 0)
+            return x + 0
         noise = _standard_normal(x, generator)
-        noise *= self.sigma if isinstance(self.sigma, float) else _like(self.sigma, x)
+        noise *= self.sigma if isinstance(self.sigma, float) else _like(self.sigma, noise)
         noise += x
-        return noise
+        return _rounded(noise, x)
 
     def mu(self, budget: ArrayLike) -> Floats:
         """The Gaussian-DP parameter B / sigma of an episode budget B."""
         b = check_budget("budget", budget)
         if self.smallest == 0:
             if np.any(b > 0):
-                raise ValueError(f"sigma must be > 0 for budgets > 0: without noise only budget 0 has a certificate, got {b.max()}")
+                raise ValueError(
+                    f"sigma must be > 0 for budgets > 0: without noise only budget 0 has a certificate, got {b.max()}"
+                )
             return np.zeros_like(b)
         return b / self.smallest
 
     def lower(self, p: ArrayLike, budget: ArrayLike) -> Floats:
-        mu = self.mu(budget)
-        return np.where(np.isinf(mu), 0.0, ndtr(ndtri(check_probability("p", p)) - np.where(np.isinf(mu), 0.0, mu)))
+        return self._shifted(p, -self.mu(budget))
 
     def upper(self, p: ArrayLike, budget: ArrayLike) -> Floats:
-        mu = self.mu(budget)
-        return np.where(np.isinf(mu), 1.0, ndtr(ndtri(check_probability("p", p)) + np.where(np.isinf(mu), 0.0, mu)))
+        return self._shifted(p, self.mu(budget))
+
+    def _shifted(self, p: ArrayLike, shift: Floats) -> Floats:
+        p = check_probability("p", p)
+        finite = np.where(np.isinf(shift), 0.0, shift)  # even a certain event falls to an unlimited attacker
+        return np.where(np.isinf(shift), shift > 0, np.where(shift == 0, p, ndtr(ndtri(p) + finite)))
 
     def slope(self, p: ArrayLike, budget: ArrayLike) -> Floats:
         mu = self.mu(budget)
@@ -217,18 +242,25 @@ class Gaussian(Noise):
             return max(0.0, self.smallest * float(ndtri(p_lower)))
         return max(0.0, self.smallest / 2 * float(ndtri(p_lower) - ndtri(check_probability("p_upper", p_upper))))
 
-    def covering_budget(
-        self, norm: float, *, step: float | None, episode: float | None, horizon: int, n_features: int
-    ) -> float:
+    def _covering_budgets(
+        self, norm: float, step: float | None, episode: float | None, horizon: int, n_features: int
+    ) -> list[float]:
         bounds = []
         if norm in (1, 2):  # ||e||_2 <= ||e||_1, step by step and over the episode
             bounds += [step * math.sqrt(horizon)] if step is not None else []
             bounds += [episode] if episode is not None else []
         elif norm == math.inf and step is not None:
-            sigmas = np.broadcast_to(self.sigma, n_features) if not isinstance(self.sigma, tuple) else np.resize(self.sigma, n_features)
-            ratio = np.where(sigmas > 0, self.smallest / np.where(sigmas > 0, sigmas, 1), 0)
-            bounds.append(step * math.sqrt(horizon * float(np.sum(ratio**2))))
-        return _tightest(self, norm, bounds)
+            bounds.append(step * math.sqrt(horizon * self._effective_features(n_features)))
+        return bounds
+
+    def _effective_features(self, n_features: int) -> float:
+        """Sum of (smallest / sigma_i)^2 over the attackable entries of a frame: their number if all sigmas are equal."""
+        if isinstance(self.sigma, float):
+            return float(n_features)
+        copies, rest = divmod(n_features, len(self.sigma))
+        if rest:
+            raise ValueError(f"n_features must be a multiple of the {len(self.sigma)} entries of sigma, got {n_features}")
+        return copies * math.fsum((self.smallest / s) ** 2 for s in self.sigma if s > 0)
 
     @property
     def caveats(self) -> tuple[str, ...]:
@@ -269,10 +301,10 @@ class _TotalVariationL1(_TotalVariation):
         rival = 1 - p_lower if p_upper is None else float(check_probability("p_upper", p_upper))
         return max(0.0, self.lam * (p_lower - rival))
 
-    def covering_budget(
-        self, norm: float, *, step: float | None, episode: float | None, horizon: int, n_features: int
-    ) -> float:
-        return _l1_covering_budget(self, norm, step, episode, horizon, n_features)
+    def _covering_budgets(
+        self, norm: float, step: float | None, episode: float | None, horizon: int, n_features: int
+    ) -> list[float]:
+        return _l1_covering_budgets(norm, step, episode, horizon, n_features)
 
 
 @dataclass(frozen=True)
@@ -292,12 +324,12 @@ class Uniform(_TotalVariationL1):
         object.__setattr__(self, "lam", check_positive("lam", self.lam))
 
     def perturb(self, x: Frames, generator: Generator) -> Frames:
-        _check_frames(x)
+        _check_frames(x, generator)
         noise = _uniform(x, generator)
         noise *= 2 * self.lam
         noise -= self.lam
         noise += x
-        return noise
+        return _rounded(noise, x)
 
 
 @dataclass(frozen=True)
@@ -332,18 +364,17 @@ class Splitting(_TotalVariationL1):
             raise ValueError("fresh must be True: past observations reveal a reused split, so no certificate holds for it")
 
     def split(self, x: Frames, s: Frames) -> Frames:
-        """The splitting map for offsets `s` in [0, 2 lam), same shape as `x`."""
+        """The splitting map for offsets `s` in [0, 2 lam), shape of `x`; computed in the wider of the two precisions."""
         xp, width = _namespace(x), 2 * self.lam
         cell = xp.ceil((xp.clip(x, self.low, self.high) - self.low - s) / width)
         top = xp.clip(width * cell + s + self.low, self.low, self.high)
         bottom = xp.clip(width * (cell - 1) + s + self.low, self.low, self.high)
-        return cast(Frames, (top + bottom) / 2)
+        return _rounded((top + bottom) / 2, x)
 
     def perturb(self, x: Frames, generator: Generator) -> Frames:
-        _check_frames(x)
-        s = _uniform(x, generator)
-        s *= 2 * self.lam
-        return self.split(x, s)
+        _check_frames(x, generator)
+        offsets: Frames = _uniform(x, generator) * (2 * self.lam)
+        return self.split(x, offsets)
 
 
 @dataclass(frozen=True)
@@ -365,11 +396,10 @@ class Laplace(Noise):
         object.__setattr__(self, "b", check_positive("b", self.b))
 
     def perturb(self, x: Frames, generator: Generator) -> Frames:
-        _check_frames(x)
+        _check_frames(x, generator)
         xp = _namespace(x)
         u = _uniform(x, generator) - 0.5
-        tiny = np.finfo(np.float32).tiny if str(x.dtype).endswith("32") else np.finfo(np.float64).tiny
-        return cast(Frames, x - self.b * xp.sign(u) * xp.log(xp.clip(1 - 2 * xp.abs(u), tiny, None)))
+        return _rounded(x - self.b * xp.sign(u) * xp.log(xp.clip(1 - 2 * xp.abs(u), np.finfo(np.float32).tiny, None)), x)
 
     def _epsilon(self, budget: ArrayLike) -> Floats:
         return check_budget("budget", budget) / self.b
@@ -400,6 +430,8 @@ class Laplace(Noise):
                 return 0.0
             return math.inf if p_lower == 1 else -self.b * math.log(2 * (1 - p_lower))
         p_upper = float(check_probability("p_upper", p_upper))
+        if p_lower <= p_upper:
+            return 0.0
         low, high = 0.0, self.b
         while self.lower(p_lower, high) >= self.upper(p_upper, high) and high < 1e3 * self.b:
             low, high = high, 2 * high
@@ -408,10 +440,10 @@ class Laplace(Noise):
             low, high = (middle, high) if self.lower(p_lower, middle) >= self.upper(p_upper, middle) else (low, middle)
         return low
 
-    def covering_budget(
-        self, norm: float, *, step: float | None, episode: float | None, horizon: int, n_features: int
-    ) -> float:
-        return _l1_covering_budget(self, norm, step, episode, horizon, n_features)
+    def _covering_budgets(
+        self, norm: float, step: float | None, episode: float | None, horizon: int, n_features: int
+    ) -> list[float]:
+        return _l1_covering_budgets(norm, step, episode, horizon, n_features)
 
 
 @dataclass(frozen=True)
@@ -438,10 +470,10 @@ class Ablation(_TotalVariation):
             raise ValueError(f"keep must be a probability in (0, 1), got {self.keep}")
 
     def perturb(self, x: Frames, generator: Generator) -> Frames:
-        _check_frames(x)
-        first = x.reshape(x.shape[0], -1)[:, 0]
-        shown = (_uniform(first, generator) < self.keep).reshape((-1,) + (1,) * (x.ndim - 1))
-        return cast(Frames, _namespace(x).where(shown, x, _like(self.fill, x)))
+        _check_frames(x, generator)
+        first = x[(slice(None), *(slice(1) for _ in x.shape[1:]))]
+        shown: Frames = _namespace(x).where(_uniform(first, generator) < self.keep, x, _like(self.fill, x))
+        return shown
 
     def shift(self, budget: ArrayLike) -> Floats:
         frames = np.floor(check_budget("budget", budget))
@@ -453,17 +485,14 @@ class Ablation(_TotalVariation):
         if p_lower <= rival:
             return 0.0
         frames = math.floor(math.log1p(-(p_lower - rival) / 2) / math.log1p(-self.keep)) + 1
-        while frames > 0 and 2 * self.shift(frames) > p_lower - rival:
+        while frames > 0 and 2 * self.shift(frames) >= p_lower - rival:  # a tie would let the rival win
             frames -= 1
         return float(frames)
 
-    def covering_budget(
-        self, norm: float, *, step: float | None, episode: float | None, horizon: int, n_features: int
-    ) -> float:
-        bounds = [float(horizon)]
-        if norm == 0 and episode is not None:
-            bounds.append(episode)
-        return _tightest(self, norm, bounds)
+    def _covering_budgets(
+        self, norm: float, step: float | None, episode: float | None, horizon: int, n_features: int
+    ) -> list[float]:
+        return [float(horizon)] if norm != 0 or episode is None else [float(horizon), episode]
 
 
 MECHANISMS: dict[str, type[Noise]] = {
@@ -487,35 +516,37 @@ def noise_from_dict(data: dict[str, Any]) -> Noise:
         raise ValueError(f"noise {kind} does not take the parameters {sorted(fields)}: {error}") from None
 
 
-def _tightest(noise: Noise, norm: float, bounds: list[float]) -> float:
-    if not bounds:
-        raise ValueError(f"{type(noise).__name__} has no certificate for this threat: norm {norm} with the budgets given")
-    return min(bounds)
-
-
-def _l1_covering_budget(
-    noise: Noise, norm: float, step: float | None, episode: float | None, horizon: int, n_features: int
-) -> float:
+def _l1_covering_budgets(norm: float, step: float | None, episode: float | None, horizon: int, n_features: int) -> list[float]:
     """Every threat in l1 terms: per step ||e||_1 <= factor ||e||_p, and the steps add up."""
-    check_count("horizon", horizon)
-    bounds = []
-    if norm in (1, 2, math.inf):
-        factor = {1: 1.0, 2: math.sqrt(n_features), math.inf: float(n_features)}[norm]
-        if step is not None:
-            bounds.append(horizon * factor * step)
-        if episode is not None and norm != math.inf:
-            bounds.append(episode * factor * (1.0 if norm == 1 else math.sqrt(horizon)))
-    return _tightest(noise, norm, bounds)
+    bounds: list[float] = []
+    if norm == 0:
+        return bounds
+    factor = {1: 1.0, 2: math.sqrt(n_features), math.inf: float(n_features)}[norm]
+    if step is not None:
+        bounds.append(horizon * factor * step)
+    if episode is not None and norm != math.inf:
+        bounds.append(episode * factor * (1.0 if norm == 1 else math.sqrt(horizon)))
+    return bounds
 
 
-def _check_frames(x: Any) -> None:
+def _check_frames(x: Any, generator: Any) -> None:
+    if not hasattr(x, "dtype") or not hasattr(x, "ndim"):
+        raise TypeError(f"noise needs frames as a numpy array or torch tensor, got {type(x).__name__}")
     if "float" not in str(x.dtype):
         raise ValueError(
             f"noise needs frames of a floating dtype, got {x.dtype}: integers would round and wrap around; "
             "convert and scale the observation first"
         )
-    if x.ndim < 1 or (isinstance(x, np.ndarray) and x.ndim < 2):
+    if x.ndim < 2:
         raise ValueError(f"noise needs a batch of frames (n, *frame), got shape {tuple(x.shape)}")
+    if isinstance(x, np.ndarray):
+        fits = isinstance(generator, np.random.Generator)
+    else:
+        import torch
+
+        fits = isinstance(generator, torch.Generator)
+    if not fits:
+        raise TypeError(f"generator must be of the frames' library ({type(x).__module__}), got {type(generator).__name__}")
 
 
 def _namespace(x: Any) -> Any:
@@ -535,16 +566,29 @@ def _like(value: Any, x: Any) -> Any:
 
 
 def _standard_normal(x: Any, generator: Any) -> Any:
+    """N(0, 1) in double precision for arrays, in at least single precision for tensors (doubles are slow on many GPUs)."""
     if isinstance(x, np.ndarray):
-        return generator.standard_normal(x.shape, dtype=x.dtype)
+        return generator.standard_normal(x.shape)
     import torch
 
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    return torch.randn(x.shape, generator=generator, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
 
 def _uniform(x: Any, generator: Any) -> Any:
+    """U[0, 1) in double precision.
+
+    The l1 proofs need draws that are continuous on the scale of the attack: single-precision ones lie on a grid of 2^-24,
+    and an attacker could step across its points, in many entries, for next to nothing.
+    """
     if isinstance(x, np.ndarray):
-        return generator.random(x.shape, dtype=x.dtype)
+        return generator.random(x.shape)
     import torch
 
-    return torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    wide = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no doubles
+    return torch.rand(x.shape, generator=generator, dtype=wide, device=x.device)
+
+
+def _rounded(y: Any, x: Frames) -> Frames:
+    """`y` in the dtype of `x`: rounding after the noise is post-processing."""
+    rounded: Frames = y.astype(x.dtype, copy=False) if isinstance(x, np.ndarray) else y.to(x.dtype)
+    return rounded

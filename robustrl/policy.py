@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -16,7 +18,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from robustrl.errors import check_choice, check_count
+from robustrl.errors import check_choice, check_count, check_real
 
 Kind = Literal["logits", "q"]
 Padding = Literal["reset", "zero"]
@@ -56,7 +58,9 @@ class PolicyView(nn.Module):
         self.observation_shape = tuple(int(size) for size in observation_shape)
         self.n_frames = check_count("n_frames", n_frames)
         self.frame_shape = frame_shape(self.observation_shape, n_frames)
-        self.exploration = float(exploration)
+        self.exploration = check_real("exploration", exploration, allowed="a probability in [0, 1]")
+        if not 0 <= self.exploration <= 1:
+            raise ValueError(f"exploration must be a probability in [0, 1], got {exploration}")
         self.eval()
         with torch.no_grad():
             probe = actor(torch.zeros(1, *self.observation_shape, device=self.device))
@@ -101,22 +105,39 @@ class PolicyView(nn.Module):
             raise TypeError(f"{name}: observations must be a Box space, got {policy.observation_space}")
         if not isinstance(policy.action_space, spaces.Discrete):
             raise TypeError(f"{name}: actions must be a Discrete space, got {policy.action_space}")
-        if model.get_vec_normalize_env() is not None:
+        normalizer = model.get_vec_normalize_env()
+        if normalizer is not None and normalizer.norm_obs:
             raise ValueError(
                 f"{name} sees observations through VecNormalize, which a view would skip: train on make_vec_env(...) without it"
             )
         shape = policy.observation_space.shape
         if isinstance(policy, DQNPolicy):
             q_net = _Network(policy.q_net, policy.q_net.features_extractor, policy.q_net.q_net)
-            return cls(
-                q_net, kind="q", observation_shape=shape, n_frames=n_frames, exploration=getattr(model, "exploration_rate", 0.0)
-            )
+            exploration = getattr(model, "exploration_rate", 0.0)
+            view = cls(q_net, kind="q", observation_shape=shape, n_frames=n_frames, exploration=exploration)
+            return view._agreeing_with(policy.q_net, name)
         if isinstance(policy, ActorCriticPolicy):
             latent = policy.mlp_extractor
             actor = _Network(policy, policy.pi_features_extractor, latent.policy_net, policy.action_net)
             critic = _Network(policy, policy.vf_features_extractor, latent.value_net, policy.value_net)
-            return cls(actor, kind="logits", observation_shape=shape, n_frames=n_frames, critic=critic)
+            view = cls(actor, kind="logits", observation_shape=shape, n_frames=n_frames, critic=critic)
+            return view._agreeing_with(lambda x: cast(Any, policy.get_distribution(x).distribution).logits, name)
         raise TypeError(f"no view for {name} with {type(policy).__name__}; supported are PPO, A2C and DQN, or from_torch(...)")
+
+    def _agreeing_with(self, original: Callable[[Tensor], Tensor], name: str) -> PolicyView:
+        """This view, after checking on a probe that the model's policy computes what the view assumes."""
+        probe = torch.linspace(-1, 1, 3 * math.prod(self.observation_shape), device=self.device)
+        with torch.no_grad():
+            seen = self.scores(probe.reshape(3, *self.observation_shape))
+            try:
+                expected = original(probe.reshape(3, *self.observation_shape))
+            except TypeError as error:
+                raise TypeError(f"no view for {name}: its policy needs more than an observation ({error})") from None
+        if self.kind == "logits":
+            seen, expected = seen.log_softmax(-1), expected.log_softmax(-1)
+        if seen.shape != expected.shape or not torch.allclose(seen, expected, rtol=1e-3, atol=1e-3, equal_nan=True):
+            raise TypeError(f"no view for {name}: its policy class computes something else than Stable-Baselines3's own")
+        return self
 
     @classmethod
     def of(cls, policy: Any, *, n_frames: int = 1) -> PolicyView:
@@ -186,23 +207,25 @@ class PolicyView(nn.Module):
             random_action = (uniforms[:, 1] * self.n_actions).long().clamp_(max=self.n_actions - 1)
             return torch.where(uniforms[:, 0] < self.exploration, random_action, greedy)
         cumulative = scores.double().softmax(-1).cumsum(-1)
-        return (cumulative < uniforms[:, :1].double()).sum(-1).clamp_(max=self.n_actions - 1)
+        return (cumulative <= uniforms[:, :1].double()).sum(-1).clamp_(max=self.n_actions - 1)
 
-    def act_blocked(
-        self, stack: Tensor, *, batch: int, deterministic: bool = True, uniforms: Tensor | None = None
-    ) -> Tensor:
+    def act_blocked(self, stack: Tensor, *, batch: int, deterministic: bool = True, uniforms: Tensor | None = None) -> Tensor:
         """Actions for any number of frame stacks, always in padded batches of exactly `batch` rows.
 
         A row's arithmetic on a CPU depends on the batch size in its last bits, but not on the other rows; with a fixed
         batch size an episode's actions do not depend on which other episodes are still running.
         """
         n = len(stack)
+        check_count("batch", batch)
+        if uniforms is not None and uniforms.shape != (n, 2):
+            raise ValueError(f"uniforms must have shape ({n}, 2), got {tuple(uniforms.shape)}")
+        self.eval()  # training elsewhere may have switched the shared layers
         observation = self.fold(stack)
         padding = -n % batch
         with torch.inference_mode():
             if padding:
                 observation = torch.cat((observation, observation.new_zeros(padding, *self.observation_shape)))
-            scores = torch.cat([self.scores(block) for block in observation.split(batch)])[:n]
+            scores = torch.cat([self.scores(block) for block in torch.split(observation, batch)])[:n]
             return self.actions(scores, deterministic=deterministic, uniforms=uniforms)
 
     def for_inference(self) -> PolicyView:
@@ -211,14 +234,16 @@ class PolicyView(nn.Module):
         numpy's vectorised tanh is several times faster than torch's (`benchmarks/bench_inference.py`) and agrees with it to
         the last bit or two.
         """
-        view = copy.deepcopy(self).requires_grad_(False)
+        view = copy.deepcopy(self).eval().requires_grad_(False)
         if view.device.type == "cpu":
             view.actor = _with_numpy_tanh(view.actor)
         return view
 
     def fingerprint(self) -> str:
-        """SHA-256 over the acting network's weights and the decision rule's parameters."""
+        """SHA-256 over the acting network's layers and weights and the decision rule's parameters."""
         digest = hashlib.sha256(repr((self.kind, self.observation_shape, self.n_frames, self.exploration)).encode())
+        for name, module in self.actor.named_modules():
+            digest.update(f"{name}{type(module).__name__}{getattr(module, 'divide_by_255', '')}".encode())
         for name, tensor in sorted(self.actor.state_dict().items()):
             array = tensor.detach().cpu().numpy()
             digest.update(f"{name}{array.dtype}{array.shape}".encode())
@@ -285,30 +310,34 @@ def start_stack(frames: Array, n_frames: int, padding: Padding = "reset") -> Arr
     """
     check_choice("padding", padding, ("reset", "zero"))
     shape = (len(frames), n_frames, *frames.shape[1:])
+    stack: Array
     if isinstance(frames, np.ndarray):
         stack = np.broadcast_to(frames[:, None], shape).copy()
     else:
         stack = frames.unsqueeze(1).expand(shape).clone()
     if padding == "zero":
         stack[:, :-1] = 0
-    return cast(Array, stack)
+    return stack
 
 
 def push_frame(stack: Array, frames: Array) -> Array:
     """Drop the oldest frame, append the newest; (n, k, *frame), (n, *frame) -> (n, k, *frame)."""
     if isinstance(stack, np.ndarray):
-        return cast(Array, np.concatenate((stack[:, 1:], cast(Any, frames)[:, None]), axis=1))
-    return cast(Array, torch.cat((stack[:, 1:], cast(Tensor, frames).unsqueeze(1)), dim=1))
+        return np.concatenate((stack[:, 1:], frames[:, None]), axis=1)
+    return torch.cat((stack[:, 1:], frames.unsqueeze(1)), dim=1)
 
 
 def fold_frames(stack: Array, observation_shape: tuple[int, ...]) -> Array:
     """(n, k, *frame) -> (n, *observation_shape), in the layout that `frame_shape` recognises."""
     n, k, *frame = stack.shape
     if tuple(frame) == observation_shape and k == 1:
-        return cast(Array, stack.reshape(n, *frame))
+        return stack.reshape(n, *frame)
     if (k, *frame) == observation_shape:
         return stack
     if not frame or (*frame[:-1], k * frame[-1]) != observation_shape:
-        raise ValueError(f"a stack of {k} frames of shape {tuple(frame)} does not fit observations of shape {observation_shape}")
-    moved = np.moveaxis(stack, 1, -2) if isinstance(stack, np.ndarray) else stack.movedim(1, -2)
-    return cast(Array, moved.reshape(n, *observation_shape))
+        raise ValueError(
+            f"a stack of {k} frames of shape {tuple(frame)} does not fit observations of shape {observation_shape}"
+        )
+    if isinstance(stack, np.ndarray):
+        return np.moveaxis(stack, 1, -2).reshape(n, *observation_shape)
+    return stack.movedim(1, -2).reshape(n, *observation_shape)

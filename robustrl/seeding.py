@@ -45,7 +45,7 @@ def integer_seed(sequence: np.random.SeedSequence) -> int:
 
 def slot_seeds(sequence: np.random.SeedSequence, n_slots: int) -> NDArray[np.uint32]:
     """One `reset(seed=)` per slot; shape (n_slots,)."""
-    return sequence.generate_state(n_slots)
+    return sequence.generate_state(n_slots).astype(np.uint32)
 
 
 def numpy_generator(seed: int | np.random.SeedSequence | None) -> np.random.Generator:

@@ -13,8 +13,9 @@ from robustrl.errors import BudgetExceededError, check_choice, check_count, chec
 
 Units = Literal["raw", "normalized", "unit01", "uint8"]
 
-RELATIVE_SLACK, ABSOLUTE_SLACK = 1e-9, 1e-12
-"""What float64 rounding of an honest perturbation's norm may cost; anything above is over budget."""
+RELATIVE_SLACK, EXHAUSTED_SLACK = 1e-9, 1e-12
+"""What float64 rounding of an honest perturbation's norm may cost, relative to the step's allowance and to the limits of
+the threat model; anything above is over budget."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class ThreatModel:
             norm 1, the number of altered frames for norm 0. Norm inf has no episode budget.
         units: "raw" observation units (the default), "normalized" (after a frozen VecNormalize), "unit01" pixels in
             [0, 1], or "uint8" grey levels. Certificates and attacks refuse to mix them.
-        mask: attackable entries of a frame, broadcast to its shape; None for all.
+        mask: attackable entries: one boolean per entry of a (flattened) frame, or one per entry of its last axis; None
+            for all.
 
     Raises:
         ValueError: for an unknown norm, a negative or NaN radius, a threat without any limit, or an empty mask.
@@ -48,7 +50,7 @@ class ThreatModel:
     mask: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_choice("norm", self.norm, (0, 1, 2, math.inf))
+        object.__setattr__(self, "norm", check_choice("norm", self.norm, (0, 1, 2, math.inf)))
         check_choice("units", self.units, ("raw", "normalized", "unit01", "uint8"))
         for name in ("step", "episode"):
             value = getattr(self, name)
@@ -63,9 +65,27 @@ class ThreatModel:
             raise ValueError("episode must be None for norm inf, which limits single steps only; use step=")
         if self.mask is not None:
             mask = np.asarray(self.mask)
-            if mask.dtype != bool or not mask.any():
-                raise ValueError(f"mask must be boolean with at least one attackable entry, got {self.mask}")
-            object.__setattr__(self, "mask", tuple(bool(m) for m in mask.ravel()))
+            if mask.dtype != bool or mask.ndim != 1 or not mask.any():
+                raise ValueError(
+                    f"mask must be one-dimensional and boolean with at least one attackable entry, got {self.mask}; "
+                    "flatten the mask of a whole frame"
+                )
+            object.__setattr__(self, "mask", tuple(mask.tolist()))
+
+    def attackable(self, frame_shape: tuple[int, ...]) -> NDArray[np.bool_]:
+        """Which entries of a frame the attacker may change; boolean, shape `frame_shape`.
+
+        Raises:
+            ValueError: if the mask does not fit frames of that shape.
+        """
+        if self.mask is None:
+            return np.ones(frame_shape, dtype=bool)
+        mask = np.array(self.mask)
+        if mask.size == math.prod(frame_shape):
+            return mask.reshape(frame_shape)
+        if not frame_shape or mask.size != frame_shape[-1]:
+            raise ValueError(f"mask of {mask.size} entries does not fit frames of shape {frame_shape}")
+        return np.broadcast_to(mask, frame_shape)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a certificate or report."""
@@ -84,10 +104,11 @@ class Ledger:
     def __init__(self, threat: ThreatModel, n_slots: int) -> None:
         self.threat = threat
         self._spent = np.zeros(check_count("n_slots", n_slots), dtype=np.float64)
+        self._limit = min(limit for limit in (threat.step, threat.episode) if limit is not None)
 
     @property
     def spent(self) -> NDArray[np.float64]:
-        """Budget used so far in this episode, in the norm's own units; shape (n_slots,)."""
+        """Budget used so far in this episode, in the norm's own units (norm inf: the largest step); shape (n_slots,)."""
         return np.sqrt(self._spent) if self.threat.norm == 2 else self._spent.copy()
 
     @property
@@ -97,7 +118,7 @@ class Ledger:
         if limit is None:
             return np.full(self._spent.shape, math.inf)
         if self.threat.norm == 2:
-            return np.sqrt(np.maximum(limit**2 - self._spent, 0.0))
+            return np.sqrt(np.maximum(limit * limit - self._spent, 0.0))
         return np.maximum(limit - self._spent, 0.0)
 
     @property
@@ -114,32 +135,44 @@ class Ledger:
         Args:
             clean: true frames, shape (n, *frame).
             delivered: attacked frames as the agent receives them, before its noise; same shape.
-            slots: ledger rows, shape (n,); default all.
+            slots: ledger rows, shape (n,), each at most once; default all.
         Returns:
             the norm charged per row, float64, shape (n,).
         Raises:
             BudgetExceededError: if a row exceeds its allowance by more than float64 rounding; nothing is booked then.
             ValueError: if a delivered frame is not finite or touches a masked entry.
         """
-        rows = np.arange(self._spent.size) if slots is None else slots
-        delta = (np.asarray(delivered, dtype=np.float64) - np.asarray(clean, dtype=np.float64)).reshape(len(rows), -1)
+        rows = np.arange(self._spent.size) if slots is None else np.arange(self._spent.size)[slots]
+        if len(np.unique(rows)) != len(rows):
+            raise ValueError(f"slots must name each row at most once, got {slots}")
+        before, after = np.asarray(clean, dtype=np.float64), np.asarray(delivered, dtype=np.float64)
+        if before.shape != after.shape or before.shape[:1] != rows.shape:
+            raise ValueError(
+                f"clean and delivered must both have shape ({len(rows)}, *frame), got {before.shape} and {after.shape}"
+            )
+        delta = after - before
         if not np.isfinite(delta).all():
             raise ValueError("delivered frames must be finite: an attack returned NaN or inf")
-        if self.threat.mask is not None:
-            mask = np.resize(np.asarray(self.threat.mask), delta.shape[1])
-            if np.any(delta[:, ~mask] != 0):
-                raise ValueError("the attack changed entries that the threat model's mask protects")
-        norms = _row_norms(delta, self.threat.norm)
+        if self.threat.mask is not None and np.any(delta[:, ~self.threat.attackable(delta.shape[1:])] != 0):
+            raise ValueError("delivered frames differ in entries that the threat model's mask protects")
+        norms = _row_norms(delta.reshape(len(rows), math.prod(delta.shape[1:])), self.threat.norm)
         allowed = self.allowance[rows]
-        over = norms > allowed * (1 + RELATIVE_SLACK) + ABSOLUTE_SLACK
-        if over.any():
-            worst = int(np.argmax(norms - allowed))
+        within = norms <= allowed * (1 + RELATIVE_SLACK) + EXHAUSTED_SLACK * self._limit  # False for NaN as well
+        if not within.all():
+            worst = int(np.argmax(np.where(within, -math.inf, norms - allowed)))
             raise BudgetExceededError(
                 f"delivered perturbation of l{self.threat.norm:g} norm {norms[worst]:.9g} in slot {rows[worst]} "
                 f"exceeds the allowance {allowed[worst]:.9g}"
             )
-        cost = {0: (norms > 0).astype(np.float64), 2: norms**2}.get(self.threat.norm, norms)
-        self._spent[rows] += cost
+        match self.threat.norm:
+            case 0:
+                self._spent[rows] += norms > 0
+            case 1:
+                self._spent[rows] += norms
+            case 2:
+                self._spent[rows] += norms**2
+            case _:
+                self._spent[rows] = np.maximum(self._spent[rows], norms)
         return norms
 
     def reset(self, slots: NDArray[np.int64] | None = None) -> None:
@@ -148,6 +181,5 @@ class Ledger:
 
 
 def _row_norms(delta: NDArray[np.float64], norm: float) -> NDArray[np.float64]:
-    if norm == 0:
-        return np.count_nonzero(delta, axis=1).astype(np.float64)
-    return np.asarray(np.linalg.norm(delta, ord=norm, axis=1), dtype=np.float64)
+    norms: Any = np.count_nonzero(delta, axis=1) if norm == 0 else np.linalg.norm(delta, ord=norm, axis=1)
+    return np.asarray(norms, dtype=np.float64)

@@ -1,1 +1,5 @@
 """Who acts."""
+
+from robustrl.agents.smoothed import SmoothedAgent
+
+__all__ = ["SmoothedAgent"]

@@ -67,8 +67,8 @@ def ell_crossing_probability(n: int, gamma: float) -> float:
 
 def solve_level(n: int, alpha: float) -> float:
     """The level gamma by root finding on the exact crossing probability, rounded down to five digits."""
-    if n == 1:
-        return alpha
+    if n == 1 or alpha < 1e-8:  # so small a crossing probability has lost its digits; the union bound has not
+        return alpha / n
     target = math.log(alpha)
     low, high = math.log(alpha / n), target
     root = brentq(lambda g: math.log(max(ell_crossing_probability(n, math.exp(g)), 1e-300)) - target, low, high, xtol=1e-6)

@@ -87,12 +87,14 @@ def betting_lower_bounds(
 
 
 def fixed_knots(return_low: float, return_high: float) -> Floats:
-    """Thresholds that depend on no episode: the integers if both ends are and there are few, else 512 even cells."""
+    """Thresholds that depend on no episode: 512 even cells, or whole fractions of 1 if both ends are integers."""
     span = return_high - return_low
     if span == 0:
         return np.array([return_low])
-    whole = return_low == math.floor(return_low) and return_high == math.floor(return_high) and span <= CELLS
-    return np.linspace(return_low, return_high, (int(span) if whole else CELLS) + 1)
+    cells = CELLS
+    if return_low == math.floor(return_low) and return_high == math.floor(return_high) and span <= CELLS:
+        cells = int(span) * max(1, CELLS // 4 // int(span))
+    return np.linspace(return_low, return_high, cells + 1)
 
 
 def _learned_knots(sample: Floats, return_low: float) -> Floats:

@@ -165,7 +165,7 @@ class Certificate(ABC):
             common["noise"] = noise_from_dict(fields.take("noise", dict))
         except CertificateError:
             raise
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise fields.error("noise", f"is not a mechanism: {error}") from None
         common["not_covered"] = tuple(fields.take("not_covered", list))
         common["threat"] = fields.take("threat", dict, type(None))
@@ -174,7 +174,7 @@ class Certificate(ABC):
             certificate = kind._from_specific(fields, common)
         except CertificateError:
             raise
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise CertificateError(f"{source}: {error}") from None
         if stated != digest(document):
             raise fields.error("digest", "does not match the file: it was edited or damaged")
@@ -302,7 +302,7 @@ class EpisodeCertificate(Certificate):
                     simultaneous=self.simultaneous,
                     n_planned=self.n_planned,
                 )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise CertificateError(f"the certificate cannot be recomputed from its evidence: {error}") from None
         for name in ("method", "simultaneous", "n", "n_planned", "return_low", "return_high"):
             if getattr(self, name) != getattr(fresh, name):
@@ -319,10 +319,10 @@ class EpisodeCertificate(Certificate):
             raise CertificateError(f"field 'not_covered' leaves out: {omitted[0]}")
 
     @property
-    def title(self) -> str:
-        """What is certified, in words."""
-        what = {"mean": "mean return", "success": "success probability", "quantile": f"{self.quantile}-quantile of the return"}
-        return f"Certified {what[self.statistic]} under attack, {self.noise.scale}"
+    def estimand(self) -> str:
+        """What is bounded, in words."""
+        names = {"mean": "mean return", "success": "success probability", "quantile": f"{self.quantile}-quantile of the return"}
+        return f"{names[self.statistic]} under attack"
 
     def table(self) -> str:
         """The curve as plain text."""
@@ -330,7 +330,7 @@ class EpisodeCertificate(Certificate):
         stop = f", stopped at will before {self.n_planned}" if self.anytime else ""
         norm = f"l{self.noise.norm:g} budget"
         lines = [
-            self.title,
+            f"Certified {self.estimand}, {self.noise.scale}",
             f"confidence {self.confidence}, {scope}; n = {self.n} episodes{stop}; method {self.method}",
             f"{norm:>12}  {'certified':>12}  {'plug-in':>12}",
         ]
@@ -347,8 +347,7 @@ class EpisodeCertificate(Certificate):
         ax.plot(self.budgets[shown], self.values[shown], "o-", label=f"certified ({self.confidence}, {scope}, n = {self.n})")
         ax.plot(self.budgets[shown], self.plug_in[shown], "--", color="grey", label="plug-in (estimate)")
         ax.set_xlabel(f"episode budget (l{self.noise.norm:g})")
-        what = {"mean": "mean return", "success": "success probability", "quantile": f"return, {self.quantile}-quantile"}
-        ax.set_ylabel(f"{what[self.statistic]} under attack")
+        ax.set_ylabel(self.estimand)
         ax.set_title(self.noise.scale)
         ax.legend()
 

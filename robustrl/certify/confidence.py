@@ -32,8 +32,10 @@ def clopper_pearson_lower(k: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> Float
     Source: Clopper, Pearson (Biometrika 1934).
     """
     k, n, alpha = _counts(k, n, alpha)
-    limit = betaincinv(np.maximum(k, 1), n - np.maximum(k, 1) + 1, alpha) * (1 - OUTWARD)
-    return np.where(k == 0, 0.0, limit)
+    some = np.maximum(k, 1)
+    small = betaincinv(some, n - some + 1, alpha) * (1 - OUTWARD)
+    large = np.nextafter(1 - betainccinv(n - some + 1, some, alpha) * (1 + OUTWARD), 0.0)
+    return np.where(k == 0, 0.0, np.where(small <= 0.5, small, large))
 
 
 def clopper_pearson_upper(k: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> Floats:
@@ -43,9 +45,10 @@ def clopper_pearson_upper(k: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> Float
         float64 array of the broadcast shape; 1 where k == n.
     """
     k, n, alpha = _counts(k, n, alpha)
-    below = np.minimum(k, n - 1)
-    limit = np.minimum(betainccinv(below + 1, n - below, alpha) * (1 + OUTWARD), 1.0)
-    return np.where(k == n, 1.0, limit)
+    some = np.minimum(k, n - 1)
+    small = betainccinv(some + 1, n - some, alpha) * (1 + OUTWARD)
+    large = np.nextafter(1 - betaincinv(n - some, some + 1, alpha) * (1 - OUTWARD), 1.0)
+    return np.where(k == n, 1.0, np.where(small <= 0.5, small, large))
 
 
 def failure_upper(successes: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> Floats:

@@ -24,7 +24,7 @@ from robustrl.certify.certificate import EpisodeCertificate, standard_exclusions
 from robustrl.certify.confidence import clopper_pearson_upper, dkw_epsilon, failure_upper
 from robustrl.certify.worst_case import worst_case_mean, worst_case_survival
 from robustrl.errors import check_alpha, check_budget, check_choice, check_count, check_finite_array, check_real
-from robustrl.noise import Noise
+from robustrl.noise import Gaussian, Noise
 from robustrl.threat import ThreatModel
 
 Floats = NDArray[np.float64]
@@ -50,7 +50,8 @@ def certify_return(
     The methods differ in how they bound the clean law; every one of them is valid for every law of the return:
 
     - "hybrid": the larger of "band" and "betting", each at alpha / 2. The default.
-    - "paper": Clopper-Pearson at alpha / m on m thresholds fixed beforehand; needs `return_high`.
+    - "paper": Clopper-Pearson at alpha / m on m thresholds fixed beforehand: the integers if both bounds are integers
+      less than 10,000 apart, else 256 even steps. Needs `return_high`.
     - "dkw": the one-sided Dvoretzky-Kiefer-Wolfowitz band.
     - "band": the exact equal-local-level band of all order statistics; good at rare failures and large budgets.
     - "betting": tangents and a test martingale; good at small budgets; the only one that may be stopped at will.
@@ -269,6 +270,23 @@ def plug_in_return(returns: ArrayLike, noise: Noise, budgets: ArrayLike, return_
     sample = _check_returns(returns, low, None)
     edges, below = _empirical(sample, low)
     return worst_case_mean(noise, _check_budgets(budgets), edges, below / sample.size)
+
+
+def mean_upper_bound(returns: ArrayLike, return_high: float, *, alpha: float = 0.05) -> float:
+    """Upper confidence bound of a mean return, without an attacker: what an attack report holds against a certificate.
+
+    The hybrid lower bound of the mirrored returns at budget 0.
+
+    Args:
+        returns: one return per independent episode, shape (n,).
+        return_high: a number that no episode can exceed.
+        alpha: failure probability.
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    mirrored = -check_finite_array("returns", returns, ndim=1)
+    high = check_real("return_high", return_high)
+    return -float(certify_return(mirrored, Gaussian(1.0), 0.0, alpha=alpha, return_low=-high).values[0])
 
 
 def episode_budget(noise: Noise, threat: ThreatModel, *, horizon: int, n_features: int) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import VectorEnv, VectorObservationWrapper, VectorRewardWrapper, VectorWrapper
 
 from robustrl.errors import ChainError
 from robustrl.noise import Noise
@@ -31,6 +31,9 @@ ROLES: dict[str, str] = {
     "gymnasium.wrappers.vector.stateful_observation.NormalizeObservation": "normalize",
 }
 
+RESHAPING = ("FlattenObservation", "ReshapeObservation")
+"""Observation wrappers that keep every distance."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -45,6 +48,20 @@ class Layer:
         """Observation space of a single environment at this layer."""
         space: gym.Space[Any] = getattr(self.env, "single_observation_space", None) or self.env.observation_space
         return space
+
+    @property
+    def changes_observations(self) -> bool:
+        """Whether the layer is known to compute new observations, so that budgets outside it have other units."""
+        if self.role == "normalize":
+            return bool(getattr(self.env, "norm_obs", True))
+        return isinstance(self.env, gym.ObservationWrapper | VectorObservationWrapper) and self.name not in RESHAPING
+
+    @property
+    def changes_rewards(self) -> bool:
+        """Whether the layer is known to change rewards or what counts as an episode."""
+        if self.role == "normalize":
+            return bool(getattr(self.env, "norm_reward", False))
+        return self.role == "reward" or getattr(self.env, "terminal_on_life_loss", False) is True
 
 
 @dataclass(frozen=True)
@@ -71,55 +88,97 @@ def layers_of(env: Any) -> list[Layer]:
     found: list[Layer] = []
     while True:
         kind = type(env)
-        name = f"{kind.__module__}.{kind.__qualname__}"
-        role = getattr(kind, "chain_role", None) or ROLES.get(name) or ("reward" if isinstance(env, gym.RewardWrapper) else "other")
-        found.append(Layer(env, kind.__name__, role))
+        found.append(Layer(env, kind.__name__, _role(env)))
+        inside = getattr(env, "envs", None)
         if isinstance(env, VecEnvWrapper):
             env = env.venv
-        elif isinstance(env, DummyVecEnv) or (isinstance(env, VectorEnv) and getattr(env, "envs", None)):
-            env = env.envs[0]
-        elif isinstance(env, VecEnv) or "Async" in kind.__name__:
-            raise ChainError(f"{kind.__name__} runs its environments in other processes, where the chain cannot be inspected; "
-                             "build it with robustrl.make_vec_env, or use DummyVecEnv / SyncVectorEnv")
-        elif isinstance(env, gym.Wrapper) or hasattr(env, "env") and isinstance(env, VectorEnv):
+        elif isinstance(env, gym.Wrapper | VectorWrapper):
             env = env.env
+        elif isinstance(env, DummyVecEnv) or (isinstance(env, VectorEnv) and inside):
+            chains = [layers_of(member) for member in inside or ()]
+            odd = next((i for i, chain in enumerate(chains) if _names(chain) != _names(chains[0])), None)
+            if odd is not None:
+                raise ChainError(
+                    f"environment {odd} of {kind.__name__} has other wrappers than environment 0: "
+                    f"{' -> '.join(_names(chains[odd]))} instead of {' -> '.join(_names(chains[0]))}"
+                )
+            return chains[0] + found[::-1]
+        elif isinstance(env, VecEnv) or "Async" in kind.__name__:
+            raise ChainError(
+                f"{kind.__name__} runs its environments in other processes, where the chain cannot be inspected; "
+                "build it with robustrl.make_vec_env, or use DummyVecEnv / SyncVectorEnv"
+            )
         elif isinstance(env, gym.Env | VectorEnv):
             return found[::-1]
         else:
             raise TypeError(f"env must be a gymnasium Env or VectorEnv or an SB3 VecEnv, got {kind.__name__}")
 
 
+def _role(env: Any) -> str:
+    declared = getattr(type(env), "chain_role", None)
+    if declared is not None:
+        return str(declared)
+    for ancestor in type(env).__mro__:
+        if role := ROLES.get(f"{ancestor.__module__}.{ancestor.__qualname__}"):
+            return role
+    if isinstance(env, VectorEnv) and not isinstance(env, VectorWrapper) and (getattr(env, "stack_num", None) or 1) > 1:
+        return "frame_stack"  # vectorised emulators that stack frames themselves
+    return "reward" if isinstance(env, gym.RewardWrapper | VectorRewardWrapper) else "other"
+
+
+def _names(layers: list[Layer]) -> list[str]:
+    return [layer.name for layer in layers]
+
+
 def check_order(env: Any) -> list[Layer]:
     """Raise ChainError if the order of wrappers breaks the proof; the part of `check_chain` that needs no horizon."""
     layers = layers_of(env)
-    index = {role: [i for i, layer in enumerate(layers) if layer.role == role] for role in
-             ("noise", "attack", "frame_stack", "monitor", "reward", "normalize")}
-    text = " -> ".join(layer.name for layer in layers)
+    index = {
+        role: [i for i, layer in enumerate(layers) if layer.role == role]
+        for role in ("noise", "attack", "frame_stack", "monitor", "normalize")
+    }
+    rewards = [i for i, layer in enumerate(layers) if layer.changes_rewards]
+    text = " -> ".join(_names(layers))
     if len(index["noise"]) > 1:
         raise ChainError(f"two noise wrappers in {text}: the certificate would not know which to count; keep one")
     for i in index["normalize"]:
         wrapper = layers[i].env
         if getattr(wrapper, "training", False) or getattr(wrapper, "update_running_mean", False):
-            raise ChainError(f"{layers[i].name} still updates its statistics, which leak clean observations: freeze it "
-                             "(training=False, update_running_mean=False)")
-    if index["reward"] and index["monitor"] and min(index["reward"]) < max(index["monitor"]):
-        raise ChainError(f"{layers[min(index['reward'])].name} changes rewards inside the return monitor in {text}: "
-                         "the certified return would not be the environment's; put the monitor nearer to the environment")
+            raise ChainError(
+                f"{layers[i].name} still updates its statistics, which leak clean observations: freeze it "
+                "(training=False, update_running_mean=False)"
+            )
+    if rewards and index["monitor"] and min(rewards) < max(index["monitor"]):
+        raise ChainError(
+            f"{layers[min(rewards)].name} changes rewards inside the return monitor in {text}: "
+            "the certified return would not be the environment's; put the monitor nearer to the environment"
+        )
     if not index["noise"]:
         return layers
     noise = index["noise"][0]
     if index["frame_stack"] and min(index["frame_stack"]) < noise:
-        raise ChainError(f"noise after frame stacking in {text}: each frame would be shown several times through fresh noise; "
-                         "the right order is environment -> attack -> noise -> frame stack")
-    if index["attack"] and max(index["attack"]) > noise:
-        raise ChainError(f"attack outside the noise in {text}: the attacker would see the noise it is not allowed to see; "
-                         "the right order is environment -> attack -> noise -> frame stack")
+        raise ChainError(
+            f"noise after frame stacking in {text}: each frame would be shown several times through fresh noise; "
+            "the right order is environment -> attack -> noise -> frame stack"
+        )
+    if any(attack > noise for attack in index["attack"]):
+        raise ChainError(
+            f"attack outside the noise in {text}: the attacker would see the noise it is not allowed to see; "
+            "the right order is environment -> attack -> noise -> frame stack"
+        )
     first = min(index["attack"], default=noise - 1)
     for layer in layers[first:noise]:
         dtype = layer.space.dtype
+        if layer.role != "attack" and index["attack"] and layer.changes_observations:
+            raise ChainError(
+                f"{layer.name} computes new observations between the attack and the noise in {text}: the attack's "
+                "budget would not be the one that reaches the noise; put it inside the attack or outside the noise"
+            )
         if dtype is None or not np.issubdtype(dtype, np.floating):
-            raise ChainError(f"{layer.name} has an integer observation space ({dtype}) between the attack and the noise in {text}: "
-                             "rounding there can enlarge an attack without limit; convert to float before the attack point")
+            raise ChainError(
+                f"{layer.name} has an integer observation space ({dtype}) between the attack and the noise in {text}: "
+                "rounding there can enlarge an attack without limit; convert to float before the attack point"
+            )
     return layers
 
 
@@ -143,13 +202,21 @@ def check_chain(env: Any) -> Chain:
     layers = check_order(env)
     horizon = find_horizon(layers)
     if horizon is None:
-        raise ChainError("the environment has no finite horizon: wrap it in gymnasium.wrappers.TimeLimit or pass max_episode_steps=")
+        raise ChainError(
+            "the environment has no finite horizon: wrap it in gymnasium.wrappers.TimeLimit or pass max_episode_steps="
+        )
     noise = next((layer.env.noise for layer in layers if layer.role == "noise"), None)
     return Chain(tuple(layer.name for layer in layers), noise, horizon)
 
 
 def find_horizon(layers: list[Layer]) -> int | None:
     """Most steps an episode can have: the tightest time limit of the chain, or None."""
-    limits = [getattr(layer.env, "_max_episode_steps", None) for layer in layers if isinstance(layer.env, gym.wrappers.TimeLimit)]
-    limits += [getattr(layer.env, "max_episode_steps", None) for layer in layers if isinstance(layer.env, VectorEnv) and not hasattr(layer.env, "env")]
+    limits = [
+        getattr(layer.env, "_max_episode_steps", None) for layer in layers if isinstance(layer.env, gym.wrappers.TimeLimit)
+    ]
+    limits += [
+        getattr(layer.env, "max_episode_steps", None)
+        for layer in layers
+        if isinstance(layer.env, VectorEnv) and not hasattr(layer.env, "env")
+    ]
     return min((int(limit) for limit in limits if limit is not None), default=None)

@@ -13,7 +13,8 @@ import gymnasium as gym
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
-from robustrl.envs.chain import check_chain, find_horizon, layers_of
+from robustrl.envs.chain import check_chain, check_order, find_horizon
+from robustrl.envs.single import NoiseObservation, RewardProbe
 from robustrl.errors import ChainError, check_choice, check_count
 from robustrl.noise import Noise, noise_from_dict
 from robustrl.policy import Padding
@@ -52,6 +53,12 @@ class EnvRecipe:
             raise ValueError("an environment recipe needs exactly one of env_id and factory")
         if self.noise is not None and not isinstance(self.noise, Noise):
             raise TypeError(f"noise must be a robustrl noise mechanism such as Gaussian(0.2), got {self.noise!r}")
+        if not isinstance(self.env_kwargs, Mapping):
+            raise TypeError(f"env_kwargs must be a mapping, got {type(self.env_kwargs).__name__}")
+        object.__setattr__(self, "env_kwargs", dict(self.env_kwargs))
+        if not isinstance(self.wrappers, tuple | list) or not all(callable(wrapper) for wrapper in self.wrappers):
+            raise TypeError(f"wrappers must be a tuple of callables, got {self.wrappers!r}")
+        object.__setattr__(self, "wrappers", tuple(self.wrappers))
         if self.max_episode_steps is not None:
             check_count("max_episode_steps", self.max_episode_steps)
         check_count("frame_stack", self.frame_stack)
@@ -79,13 +86,15 @@ class EnvRecipe:
                 raise ChainError(f"the spec of {env.id} lists wrappers; pass them as wrappers= of an EnvRecipe instead")
             recipe = cls(env_id=env.id, env_kwargs=dict(env.kwargs), max_episode_steps=env.max_episode_steps)
         elif isinstance(getattr(env, "recipe", None), cls):
-            recipe = env.recipe
-            outside = [layer.name for layer in layers_of(env)]
-            known = [layer.name for layer in layers_of(env.recipe_env)]
-            extra = [name for name in outside[len(known) :] if name != "VecMonitor"]
+            recipe, layer, extra = env.recipe, env, []
+            while layer is not env.recipe_env:
+                extra += [type(layer).__name__] if type(layer).__name__ != "VecMonitor" else []
+                layer = layer.venv
             if extra:
-                raise ChainError(f"{', '.join(extra)} wrapped around make_vec_env(...) is not in the recipe, so it would be left out; "
-                                 "pass wrapper_class= to make_vec_env, or keep it out of the certified chain")
+                raise ChainError(
+                    f"{', '.join(extra)} wrapped around make_vec_env(...) is not in the recipe, so it would be left out; "
+                    "pass wrapper_class= to make_vec_env, or keep it out of the certified chain"
+                )
         elif callable(env):
             recipe = cls(factory=env)
         else:
@@ -125,18 +134,20 @@ class EnvRecipe:
 
     @cached_property
     def _facts(self) -> tuple[int, spaces.Space[Any], spaces.Space[Any]]:
-        env = self.base_env()
-        horizon = find_horizon(layers_of(env))
-        observation_space, action_space = env.observation_space, env.action_space
-        env.close()
-        if horizon is None:
-            raise ChainError(f"{self.label} has no finite horizon: pass max_episode_steps=")
-        return horizon, observation_space, action_space
+        env = self.base_env(inner=RewardProbe)
+        try:
+            layers = check_order(env if self.noise is None else NoiseObservation(env, self.noise))
+            horizon = find_horizon(layers)
+            if horizon is None:
+                raise ChainError(f"{self.label} has no finite horizon: pass max_episode_steps=")
+            return horizon, env.observation_space, env.action_space
+        finally:
+            env.close()
 
     @property
     def label(self) -> str:
         """Name for titles."""
-        return self.env_id or getattr(self.factory, "__qualname__", type(self.factory).__name__)
+        return self.env_id or str(getattr(self.factory, "__qualname__", type(self.factory).__name__))
 
     @property
     def horizon(self) -> int:
@@ -246,7 +257,7 @@ def make_vec_env(
     from stable_baselines3.common.monitor import Monitor
     from stable_baselines3.common.vec_env import DummyVecEnv
 
-    from robustrl.envs.sb3 import FrameStack, NoiseObservation
+    from robustrl.envs import sb3
 
     recipe = EnvRecipe.of(
         env_id,
@@ -258,17 +269,18 @@ def make_vec_env(
         wrappers=None if wrapper_class is None else (wrapper_class,),
     )
     check_count("n_envs", n_envs)
-    if isinstance(recipe.action_space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary) is False:
+    if not isinstance(recipe.action_space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
         raise TypeError(f"{recipe.label}: Stable-Baselines3 cannot act in {recipe.action_space}")
     venv: Any = (vec_env_cls or DummyVecEnv)([lambda: recipe.base_env(inner=Monitor)] * n_envs)
+    inspectable = isinstance(venv, DummyVecEnv)  # others ran the recipe's own check above, on an environment in this process
     if recipe.noise is not None:
-        venv = NoiseObservation(venv, recipe.noise)
+        venv = sb3.NoiseObservation(venv, recipe.noise)
     if recipe.frame_stack > 1:
-        venv = FrameStack(venv, recipe.frame_stack, recipe.stack_padding)
+        venv = sb3.FrameStack(venv, recipe.frame_stack, recipe.stack_padding)
     if seed is not None:
         venv.seed(seed)
         venv.action_space.seed(seed)
-    if vec_env_cls is None or issubclass(vec_env_cls, DummyVecEnv):
+    if inspectable:
         check_chain(venv)
     venv.recipe = recipe
     venv.recipe_env = venv

@@ -11,7 +11,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from robustrl.envs.core import NoiseCore
-from robustrl.errors import check_count
+from robustrl.errors import check_choice, check_count
 from robustrl.noise import Noise
 from robustrl.policy import Padding, fold_frames, push_frame, start_stack
 
@@ -27,13 +27,18 @@ class NoiseObservation(VecEnvWrapper):
     def __init__(self, venv: VecEnv, noise: Noise, seed: int | None = None) -> None:
         self.core = NoiseCore(noise, venv.observation_space, seed)
         self.noise = noise
+        self._next_seed: int | None = None
         super().__init__(venv, observation_space=self.core.space)
 
     def seed(self, seed: int | None = None) -> Any:
-        self.core.seed(seed)
+        """Seed environments and noise from the next reset on, as SB3 does; running episodes never see noise twice."""
+        self._next_seed = seed
         return self.venv.seed(seed)
 
     def reset(self) -> NDArray[np.float32]:
+        if self._next_seed is not None:
+            self.core.seed(self._next_seed)
+            self._next_seed = None
         return self.core(np.asarray(self.venv.reset()))
 
     def step_wait(self) -> VecEnvStepReturn:
@@ -63,9 +68,10 @@ class FrameStack(VecEnvWrapper):
         space = venv.observation_space
         if not isinstance(space, spaces.Box) or not space.shape:
             raise TypeError(f"frame stacking needs a Box observation space with at least one axis, got {space}")
-        self.n_frames, self.padding = check_count("n_frames", n_frames), padding
+        self.n_frames = check_count("n_frames", n_frames)
+        self.padding: Padding = check_choice("padding", padding, ("reset", "zero"))
         low, high = (np.concatenate([bound] * n_frames, axis=-1) for bound in (space.low, space.high))
-        stacked = spaces.Box(low, high, dtype=space.dtype)  # type: ignore[arg-type]
+        stacked = spaces.Box(low, high, dtype=space.dtype)
         super().__init__(venv, observation_space=stacked)
         self._shape: tuple[int, ...] = stacked.shape
         self._stack = np.zeros((self.num_envs, n_frames, *space.shape), dtype=space.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from gymnasium.vector import VectorEnv, VectorWrapper
@@ -17,8 +17,8 @@ class NoiseObservation(VectorWrapper):
     """The vector twin of `robustrl.envs.NoiseObservation`; see there.
 
     Works with NEXT_STEP, SAME_STEP (final observations in `info["final_obs"]` get noise of their own) and DISABLED
-    autoreset (a masked reset leaves the other environments' observations as they were: noising a frame twice would show
-    it to the policy twice).
+    autoreset (a masked reset leaves the other environments' observations as they were, since noising a frame twice would
+    show it to the policy twice, and a seed given with it restarts no noise, since other episodes go on with it).
     """
 
     chain_role: ClassVar[str] = "noise"
@@ -35,24 +35,25 @@ class NoiseObservation(VectorWrapper):
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         mask = None if options is None else options.get("reset_mask")
-        frames, info = self.env.reset(seed=seed, options=options)
+        frames, info = self.env.reset(seed=cast(Any, seed), options=options)
         first = seed[0] if isinstance(seed, list) else seed
-        if first is not None:
-            self.core.seed(first)
+        if first is not None and (mask is None or np.all(mask)):
+            self.core.seed(first)  # never while episodes are running: they would meet noise they have seen before
         noisy = self.core(frames)
         if mask is not None and self._last is not None:
             noisy = np.where(np.reshape(mask, (-1,) + (1,) * (noisy.ndim - 1)), noisy, self._last)
-        self._last = noisy
+        self._last = noisy.copy()
         return noisy, info
 
     def step(
         self, actions: Any
     ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
         frames, rewards, terminated, truncated, info = self.env.step(actions)
-        self._last = self.core(frames)
+        noisy = self.core(frames)
+        self._last = noisy.copy()
         if "final_obs" in info:
             final = np.array(info["final_obs"], dtype=object)
             for i in np.flatnonzero(info["_final_obs"]):
                 final[i] = self.core(np.asarray(info["final_obs"][i])[None])[0]
             info["final_obs"] = final
-        return self._last, rewards, terminated, truncated, info
+        return noisy, rewards, terminated, truncated, info

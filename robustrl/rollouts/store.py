@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
+import io
 import json
 import os
-import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 
 from robustrl.errors import ChunkError
+from robustrl.files import write_atomically
 from robustrl.rollouts.chunk import Episodes, Job
 
 SCHEMA = 1
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears under `path` complete, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
 
 
 class ChunkStore:
@@ -60,8 +41,7 @@ class ChunkStore:
                 differs = sorted(k for k in job.describe() if json.dumps(found.get(k), sort_keys=True, default=str) != json.dumps(description[k], sort_keys=True, default=str))
                 raise ChunkError(f"{self.folder} holds chunks of another experiment (different {', '.join(differs)}); choose another folder")
             return
-        with atomic_write(manifest) as file:
-            file.write(json.dumps(description, indent=1, default=str).encode())
+        write_atomically(manifest, json.dumps(description, indent=1, default=str).encode())
 
     def _path(self, chunk: int) -> Path:
         return self.folder / f"chunk-{chunk:06d}.npz"
@@ -86,9 +66,6 @@ class ChunkStore:
 
     def save(self, chunk: int, episodes: Episodes) -> None:
         """Write a chunk atomically."""
-        with atomic_write(self._path(chunk)) as file:
-            np.savez(file, **_named(episodes))
-
-
-def _named(episodes: Episodes) -> dict[str, Any]:
-    return dict(episodes.arrays())
+        buffer = io.BytesIO()
+        np.savez(buffer, **episodes.arrays())  # type: ignore[arg-type]
+        write_atomically(self._path(chunk), buffer.getvalue())

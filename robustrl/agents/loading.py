@@ -1,0 +1,175 @@
+"""Open Stable-Baselines3 files without running code that is stored in them.
+
+An SB3 zip keeps spaces, schedules and classes as pickles. None of them is ever loaded here: they are rebuilt from the
+environment, from the weights (`torch.load(weights_only=True)`) and from the plain text that SB3 stores beside each pickle,
+matched against a list of known names. What cannot be rebuilt ends in an error that names the argument to pass.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+
+from robustrl.errors import UnsafeModelError
+
+ALGORITHMS = ("ppo", "a2c", "dqn")
+
+_CLASSES: dict[str, type] = {
+    f"{kind.__module__}.{kind.__qualname__}": kind
+    for kind in (
+        *(getattr(torch.nn.modules.activation, n) for n in ("Tanh", "ReLU", "ELU", "LeakyReLU", "GELU", "SiLU", "Sigmoid", "Softplus", "Mish")),
+        *(getattr(torch.optim, n) for n in ("Adam", "AdamW", "SGD", "RMSprop")),
+    )
+}
+
+
+def algorithm_class(name: str) -> Any:
+    """The SB3 class of an algorithm's lower-case name.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    import stable_baselines3
+
+    if name not in ALGORITHMS:
+        raise ValueError(f"algo must be one of {', '.join(ALGORITHMS)}, got {name!r}")
+    return getattr(stable_baselines3, name.upper())
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    algo: str | None = None,
+    policy_kwargs: dict[str, Any] | None = None,
+    trust: bool = False,
+    device: str = "auto",
+) -> Any:
+    """Load an SB3 PPO, A2C or DQN zip for acting.
+
+    Args:
+        path: the zip.
+        algo: "ppo", "a2c" or "dqn"; default what the file says.
+        policy_kwargs: how the network is built; default what the file says, as far as it is plain text.
+        trust: load the pickles in the file as SB3 does. Only for files whose origin you know: they run code.
+        device: torch device, or "auto".
+    Returns:
+        the SB3 model.
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not an SB3 zip.
+        UnsafeModelError: if something cannot be rebuilt without loading a pickle.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no model file {path}")
+    content = path.read_bytes()
+    data = _read_data(path, content)
+    kind = algorithm_class(algo or _guess_algorithm(path, data))
+    if trust:
+        return kind.load(io.BytesIO(content), device=device)
+    objects = _rebuild(path, data, kind, policy_kwargs)
+    try:
+        return kind.load(io.BytesIO(content), device=device, custom_objects=objects)
+    except pickle.UnpicklingError as error:
+        raise UnsafeModelError(f"{path}: a weights file holds more than tensors, loading refused ({str(error).splitlines()[0]})") from None
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        raise UnsafeModelError(
+            f"{path}: the weights do not fit the network rebuilt as {kind.__name__} with policy_kwargs "
+            f"{objects.get('policy_kwargs', data.get('policy_kwargs'))}; pass --algo / --policy-kwargs (algo=, policy_kwargs=), "
+            f"or --trust for a file of your own ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from None
+
+
+def _read_data(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            data = json.loads(archive.read("data").decode())
+    except (zipfile.BadZipFile, KeyError, ValueError, zipfile.LargeZipFile) as error:
+        raise ValueError(f"{path} is not a Stable-Baselines3 model file ({error})") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is not a Stable-Baselines3 model file (its data is no object)")
+    return data
+
+
+def _guess_algorithm(path: Path, data: dict[str, Any]) -> str:
+    if "target_update_interval" in data:
+        return "dqn"
+    if "clip_range" in data:
+        return "ppo"
+    if "gae_lambda" in data:
+        return "a2c"
+    raise UnsafeModelError(f"{path}: which algorithm wrote it cannot be told; pass --algo (algo=), one of {', '.join(ALGORITHMS)}")
+
+
+def _rebuild(path: Path, data: dict[str, Any], kind: Any, policy_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """A replacement for every pickled entry, so that SB3 loads none."""
+    pickled = {key: entry for key, entry in data.items() if isinstance(entry, dict) and ":serialized:" in entry}
+    objects: dict[str, Any] = dict.fromkeys(pickled)
+    objects["observation_space"] = _observation_space(path, pickled.get("observation_space", {}))
+    objects["action_space"] = _action_space(path, pickled.get("action_space", {}))
+    objects["policy_class"] = _policy_class(path, kind, pickled.get("policy_class"))
+    objects["env"] = None
+    if policy_kwargs is not None:
+        objects["policy_kwargs"] = dict(policy_kwargs)
+    elif "policy_kwargs" in pickled:
+        objects["policy_kwargs"] = {
+            key: _known_text(path, key, value) for key, value in pickled["policy_kwargs"].items() if not key.startswith(":")
+        }
+    for key in pickled.keys() & {"clip_range", "lr_schedule", "learning_rate"}:
+        match = re.search(r"ConstantSchedule\(val=([-+.\de]+)\)", str(pickled[key].get("value_schedule", "")))
+        if match is None and key == "learning_rate":
+            warnings.warn(
+                f"{path}: its learning-rate schedule is a pickle and was not loaded; the rate is 0 until you set one "
+                "(acting is not affected)", stacklevel=4,
+            )
+        objects[key] = float(match.group(1)) if match else 0.0
+    if "train_freq" in pickled:
+        objects["train_freq"] = 1
+    return objects
+
+
+def _observation_space(path: Path, text: dict[str, Any]) -> spaces.Box:
+    shape, dtype = text.get("_shape"), text.get("dtype")
+    if not isinstance(shape, list) or not all(isinstance(n, int) and n > 0 for n in shape) or dtype not in ("float32", "float64", "uint8"):
+        raise UnsafeModelError(f"{path}: its observation space is no Box that can be rebuilt from text; pass --trust for a file of your own")
+    if dtype == "uint8":
+        return spaces.Box(0, 255, tuple(shape), np.uint8)
+    return spaces.Box(-np.inf, np.inf, tuple(shape), np.dtype(dtype).type)
+
+
+def _action_space(path: Path, text: dict[str, Any]) -> spaces.Discrete:
+    try:
+        return spaces.Discrete(int(text["n"]), start=int(text.get("start", 0)))
+    except (KeyError, ValueError, TypeError, AssertionError):
+        raise UnsafeModelError(f"{path}: its action space is no Discrete that can be rebuilt from text; continuous actions have no view yet") from None
+
+
+def _policy_class(path: Path, kind: Any, text: Any) -> Any:
+    """The policy class among SB3's own whose module and documentation SB3 stored as text."""
+    known = {policy.__doc__: policy for policy in kind.policy_aliases.values()}
+    if isinstance(text, dict) and text.get("__doc__") in known:
+        return known[text["__doc__"]]
+    raise UnsafeModelError(f"{path}: its policy class is not one of {kind.__name__}'s own; pass the right --algo, or --trust for a file of your own")
+
+
+def _known_text(path: Path, key: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"<class '([\w.]+)'>", value)
+    if match and match.group(1) in _CLASSES:
+        return _CLASSES[match.group(1)]
+    raise UnsafeModelError(
+        f"{path}: policy_kwargs[{key!r}] = {value!r} is stored as a pickle and is not a known name; "
+        "pass --policy-kwargs (policy_kwargs=), or --trust for a file of your own"
+    )

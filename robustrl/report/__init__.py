@@ -1,0 +1,5 @@
+"""Tables, figures, TensorBoard."""
+
+from robustrl.report.attack import AttackReport
+
+__all__ = ["AttackReport"]

@@ -1,0 +1,133 @@
+"""What an attack achieved, beside what was certified."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustrl.errors import CertificateViolationError
+from robustrl.files import write_atomically
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, eq=False)
+class AttackReport:
+    """Returns of a policy under attack; an estimate of the attack's strength, not a guarantee about other attacks.
+
+    Attributes:
+        attack: the attack's name and parameters.
+        threat: the threat model (`ThreatModel.to_dict`).
+        clean: returns of as many episodes without an attack, on the same seeds, shape (n,).
+        returns: returns under attack, shape (n,).
+        spent: episode budget used, in the threat's norm, shape (n,).
+        upper: upper confidence bound of the mean return under attack; inf if no `return_high` is known.
+        alpha: its failure probability.
+        certified: certified lower bound at this budget, or None without a certificate.
+    """
+
+    attack: dict[str, Any]
+    threat: dict[str, Any]
+    clean: NDArray[np.float64]
+    returns: NDArray[np.float64]
+    spent: NDArray[np.float64]
+    upper: float
+    alpha: float
+    certified: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.certified is not None and self.upper < self.certified:
+            raise CertificateViolationError(
+                f"the attack {self.attack['kind']} with budget {self.budget:g} got the mean return down to {self.mean:.6g} "
+                f"(upper confidence bound {self.upper:.6g}), below the certified {self.certified:.6g}: the certificate, the attack's "
+                "accounting or the environment's wrapper order is wrong"
+            )
+
+    @property
+    def budget(self) -> float:
+        """Episode budget, or the per-step radius where there is none."""
+        return float(self.threat["episode"] if self.threat["episode"] is not None else self.threat["step"])
+
+    @property
+    def mean(self) -> float:
+        """Mean return under attack."""
+        return float(self.returns.mean())
+
+    @property
+    def clean_mean(self) -> float:
+        """Mean return without attack."""
+        return float(self.clean.mean())
+
+    def table(self) -> str:
+        """One line per fact, as plain text."""
+        return attack_table([self])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; `from_dict` is the inverse."""
+        return {
+            "attack": self.attack,
+            "threat": self.threat,
+            "clean": self.clean.tolist(),
+            "returns": self.returns.tolist(),
+            "spent": self.spent.tolist(),
+            "upper": None if math.isinf(self.upper) else self.upper,
+            "alpha": self.alpha,
+            "certified": self.certified,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> AttackReport:
+        """Rebuild a report.
+
+        Raises:
+            ValueError: if fields are missing.
+        """
+        try:
+            arrays = {name: np.asarray(data[name], dtype=np.float64) for name in ("clean", "returns", "spent")}
+            upper = math.inf if data["upper"] is None else float(data["upper"])
+            return cls(attack=data["attack"], threat=data["threat"], upper=upper, alpha=data["alpha"], certified=data["certified"], **arrays)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not an attack report: {error}") from None
+
+
+def attack_table(reports: list[AttackReport]) -> str:
+    """A plain-text table, one row per report."""
+    lines = [
+        f"{'attack':<14}{'budget':>8}{'episodes':>10}{'clean':>10}{'attacked':>10}{'upper':>10}{'certified':>11}{'spent':>8}",
+    ]
+    for r in reports:
+        certified = "-" if r.certified is None else f"{r.certified:.2f}"
+        lines.append(
+            f"{r.attack['kind']:<14}{r.budget:>8g}{len(r.returns):>10}{r.clean_mean:>10.2f}{r.mean:>10.2f}{r.upper:>10.2f}"
+            f"{certified:>11}{r.spent.mean():>8.3f}"
+        )
+    level = 100 * (1 - reports[0].alpha) if reports else 95
+    lines.append(f"upper: {level:g}% upper confidence bound of the attacked mean; an attack shows what is possible, not what is worst")
+    return "\n".join(lines)
+
+
+def save_reports(path: str | os.PathLike[str], reports: list[AttackReport]) -> None:
+    """Write reports as JSON, atomically."""
+    write_atomically(path, json.dumps({"schema": SCHEMA, "reports": [r.to_dict() for r in reports]}, allow_nan=False).encode())
+
+
+def load_reports(path: str | os.PathLike[str]) -> list[AttackReport]:
+    """Read what `save_reports` wrote.
+
+    Raises:
+        ValueError: if it is not such a file.
+    """
+    try:
+        data = json.loads(Path(path).read_text())
+        if data["schema"] != SCHEMA:
+            raise ValueError(f"schema {data['schema']}")
+        return [AttackReport.from_dict(item) for item in data["reports"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not an attack report file ({error})") from None

@@ -1,0 +1,65 @@
+"""The figure: certified lower bound and best attack against the budget."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from robustrl.certify.certificate import FORMATS, EpisodeCertificate
+from robustrl.errors import check_choice
+from robustrl.files import write_atomically
+from robustrl.report.attack import AttackReport
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def certificate_figure(certificate: EpisodeCertificate, reports: list[AttackReport] | None = None, title: str | None = None) -> Figure:
+    """Certified lower bound and attacked means against the episode budget, as a matplotlib figure.
+
+    Args:
+        certificate: the certified curve.
+        reports: attacks at some budgets; where several share a budget the strongest is drawn.
+        title: default the noise.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    ax = figure.subplots()
+    certificate.draw(ax)
+    strongest: dict[float, AttackReport] = {}
+    for report in reports or []:
+        if report.budget not in strongest or report.mean < strongest[report.budget].mean:
+            strongest[report.budget] = report
+    if strongest:
+        budgets = sorted(strongest)
+        means = np.array([strongest[b].mean for b in budgets])
+        upper = np.array([strongest[b].upper for b in budgets])
+        names = " / ".join(sorted({strongest[b].attack["kind"] for b in budgets}))
+        clean = strongest[budgets[0]].clean_mean
+        line = ax.plot([0, *budgets], [clean, *means], "s-", color="tab:red", label=f"best attack ({names})")[0]
+        if np.isfinite(upper).all():
+            ax.fill_between(budgets, means, upper, color=line.get_color(), alpha=0.2, linewidth=0, label=f"its {100 * (1 - strongest[budgets[0]].alpha):g}% upper bound")
+    ax.set_ylim(bottom=min(0.0, float(np.nanmin(certificate.values))))
+    ax.grid(alpha=0.3)
+    ax.legend(loc="lower left")
+    if title:
+        ax.set_title(title)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure as .png, .pdf or .svg, atomically.
+
+    Raises:
+        ValueError: for another suffix.
+    """
+    suffix = Path(path).suffix.lower()
+    check_choice("suffix of path", suffix, FORMATS)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=suffix[1:], dpi=150)
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,56 @@
+"""Certificates in the TensorBoard run that training wrote."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from robustrl.certify.certificate import EpisodeCertificate
+from robustrl.report.attack import AttackReport
+from robustrl.report.figures import certificate_figure
+
+
+def log_certificate(
+    folder: str | os.PathLike[str],
+    certificate: EpisodeCertificate,
+    reports: list[AttackReport] | None = None,
+    hparams: dict[str, Any] | None = None,
+) -> None:
+    """Add a certificate to a TensorBoard folder, into the run that is there.
+
+    Writes the figure `certificate`, a scalar `certificate/budget_<B>` per budget, `attack/budget_<B>` per report, and the
+    hyper-parameters with the certified values as their metrics.
+
+    Args:
+        folder: the run's TensorBoard folder.
+        certificate: what was certified.
+        reports: attacks to draw beside it.
+        hparams: hyper-parameters; values that are not numbers, text or booleans are written as text.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams as hparams_summary
+
+    writer: Any = SummaryWriter(os.fspath(folder))
+    try:
+        finite = np.isfinite(certificate.values)
+        metrics = {f"certificate/budget_{b:g}": float(v) for b, v in zip(certificate.budgets[finite], certificate.values[finite], strict=True)}
+        for name, value in metrics.items():
+            writer.add_scalar(name, value)
+        for report in reports or []:
+            writer.add_scalar(f"attack/budget_{report.budget:g}", report.mean)
+        writer.add_figure("certificate", _on_canvas(certificate_figure(certificate, reports)))
+        plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in (hparams or {}).items()}
+        # SummaryWriter.add_hparams would open a second run; the three summaries alone stay in this one.
+        for summary in hparams_summary(plain, metrics):
+            writer._get_file_writer().add_summary(summary)
+    finally:
+        writer.close()
+
+
+def _on_canvas(figure: Any) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    return figure

@@ -1,0 +1,66 @@
+"""The run directory: `model.zip`, `run.json`, `chunks/`, `certificate.json`, `attack.json`, `tb/`."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from robustrl.envs.recipe import EnvRecipe
+from robustrl.files import write_atomically
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What `run.json` holds: plain data from which model and environment are rebuilt.
+
+    Attributes:
+        algo: "ppo", "a2c" or "dqn".
+        recipe: `EnvRecipe.to_dict`.
+        seed: root seed of training.
+        timesteps: environment steps trained.
+        hyperparameters: keyword arguments of the algorithm, as text where they are no plain data.
+        versions: of the libraries that trained it.
+    """
+
+    algo: str
+    recipe: dict[str, Any]
+    seed: int
+    timesteps: int
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `run.json` into the folder."""
+        text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, default=str)
+        write_atomically(Path(folder) / "run.json", text.encode())
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> RunInfo:
+        """Read `run.json` of a folder.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it is damaged.
+        """
+        path = Path(folder) / "run.json"
+        if not path.exists():
+            raise FileNotFoundError(f"{folder} is no run directory: it has no run.json")
+        try:
+            data = json.loads(path.read_text())
+            if data.pop("schema") != SCHEMA:
+                raise ValueError("unknown schema")
+            run = cls(**data)
+            EnvRecipe.from_dict(run.recipe)
+            return run
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+
+    @property
+    def env(self) -> EnvRecipe:
+        """The environment it was trained in."""
+        return EnvRecipe.from_dict(self.recipe)

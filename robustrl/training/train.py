@@ -1,0 +1,82 @@
+"""Train an SB3 algorithm under noise, into a run directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from robustrl.agents.loading import algorithm_class
+from robustrl.envs.recipe import EnvRecipe, make_vec_env
+from robustrl.errors import check_count
+from robustrl.files import write_atomically
+from robustrl.training.presets import preset_for
+from robustrl.training.run_files import RunInfo
+
+LIBRARIES = ("robustrl", "torch", "numpy", "scipy", "gymnasium", "stable-baselines3")
+
+
+def train(
+    env: Any,
+    out: str | os.PathLike[str],
+    *,
+    algo: str = "ppo",
+    timesteps: int | None = None,
+    seed: int = 0,
+    n_envs: int | None = None,
+    hyperparameters: Mapping[str, Any] | None = None,
+    progress_bar: bool = False,
+    verbose: int = 0,
+) -> Any:
+    """Train a policy on noisy observations and write a run directory.
+
+    Nothing but `SB3Algorithm("MlpPolicy", make_vec_env(...), **hyperparameters).learn(timesteps)` with the environment's
+    preset; what it writes can be certified, attacked and verified by `robustrl`.
+
+    Args:
+        env: recipe with noise and horizon, or anything `EnvRecipe.of` takes.
+        out: run directory; must not hold another model.
+        algo: "ppo", "a2c" or "dqn".
+        timesteps: environment steps; default the preset's.
+        seed: of weights, environments and noise.
+        n_envs: environments side by side; default the preset's, or 1.
+        hyperparameters: keyword arguments of the algorithm that replace the preset's.
+        progress_bar: show SB3's progress bar.
+        verbose: SB3's verbosity.
+    Returns:
+        the trained SB3 model.
+    Raises:
+        FileExistsError: if `out` already holds a model.
+        ValueError: for unknown names or bad numbers.
+    """
+    from stable_baselines3.common.logger import configure
+
+    recipe = EnvRecipe.of(env)
+    kind, folder = algorithm_class(algo), Path(out)
+    if (folder / "model.zip").exists():
+        raise FileExistsError(f"{folder} already holds a model; choose another --out, or delete it")
+    preset = preset_for(recipe.env_id)
+    steps = check_count("timesteps", preset.timesteps if timesteps is None else timesteps)
+    arguments = {**getattr(preset, algo), **(hyperparameters or {})}
+    venv = make_vec_env(recipe, n_envs or preset.env.get("n_envs", 1), seed=check_count("seed", seed, least=0))
+    model = kind("MlpPolicy", venv, seed=seed, verbose=verbose, **arguments)
+    folder.mkdir(parents=True, exist_ok=True)
+    # A logger of our own writes into tb/ itself, so that the certificate joins the same TensorBoard run.
+    model.set_logger(configure(os.fspath(folder / "tb"), (["stdout"] if verbose else []) + ["tensorboard"]))
+    model.learn(steps, progress_bar=progress_bar)
+    save_model(model, folder / "model.zip")
+    versions = {name: version(name) for name in LIBRARIES}
+    RunInfo(algo, recipe.to_dict(), int(seed), steps, arguments, versions).save(folder)
+    venv.close()
+    return model
+
+
+def save_model(model: Any, path: Path) -> None:
+    """SB3's `save`, atomically."""
+    import io
+
+    buffer = io.BytesIO()
+    model.save(buffer)
+    write_atomically(path, buffer.getvalue())
