@@ -12,6 +12,7 @@ from robustrl.agents.loading import algorithm_class
 from robustrl.envs.recipe import EnvRecipe, make_vec_env
 from robustrl.errors import check_count
 from robustrl.files import write_atomically
+from robustrl.rollouts.executor import one_thread
 from robustrl.training.presets import preset_for
 from robustrl.training.run_files import RunInfo
 
@@ -65,7 +66,9 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     # A logger of our own writes into tb/ itself, so that the certificate joins the same TensorBoard run.
     model.set_logger(configure(os.fspath(folder / "tb"), (["stdout"] if verbose else []) + ["tensorboard"]))
-    model.learn(steps, progress_bar=progress_bar)
+    # Networks this small only lose time to a second thread, and the weights would depend on the number of threads.
+    with one_thread():
+        model.learn(steps, progress_bar=progress_bar)
     save_model(model, folder / "model.zip")
     versions = {name: version(name) for name in LIBRARIES}
     RunInfo(algo, recipe.to_dict(), int(seed), steps, arguments, versions).save(folder)
