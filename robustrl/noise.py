@@ -239,8 +239,9 @@ class Gaussian(Noise):
     def radius(self, p_lower: float, p_upper: float | None = None) -> float:
         p_lower = float(check_probability("p_lower", p_lower))
         if p_upper is None:
-            return max(0.0, self.smallest * float(ndtri(p_lower)))
-        return max(0.0, self.smallest / 2 * float(ndtri(p_lower) - ndtri(check_probability("p_upper", p_upper))))
+            return 0.0 if p_lower <= 0.5 or self.smallest == 0 else self.smallest * float(ndtri(p_lower))
+        p_upper = float(check_probability("p_upper", p_upper))
+        return 0.0 if p_lower <= p_upper else self.smallest / 2 * float(ndtri(p_lower) - ndtri(p_upper))
 
     def _covering_budgets(
         self, norm: float, step: float | None, episode: float | None, horizon: int, n_features: int
@@ -485,7 +486,7 @@ class Ablation(_TotalVariation):
         if p_lower <= rival:
             return 0.0
         frames = math.floor(math.log1p(-(p_lower - rival) / 2) / math.log1p(-self.keep)) + 1
-        while frames > 0 and 2 * self.shift(frames) >= p_lower - rival:  # a tie would let the rival win
+        while frames > 0 and 2 * self.shift(frames) * (1 + 1e-12) >= p_lower - rival:  # a tie would let the rival win
             frames -= 1
         return float(frames)
 

@@ -115,7 +115,7 @@ class Ledger:
     def remaining(self) -> NDArray[np.float64]:
         """Episode budget left; inf where there is no episode limit. Shape (n_slots,)."""
         limit = self.threat.episode
-        if limit is None:
+        if limit is None or limit == math.inf:
             return np.full(self._spent.shape, math.inf)
         if self.threat.norm == 2:
             return np.sqrt(np.maximum(limit * limit - self._spent, 0.0))
