@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,11 +42,11 @@ class AttackContext:
     generator: torch.Generator
 
     def observation(self, frames: Tensor) -> Tensor:
-        """What the network would see if the newest frame were `frames` (n, *frame); differentiable in them."""
+        """What the network would see if the newest frame were `frames` (n, *frame); float32, differentiable in them."""
         if self.first_step and self.padding == "reset":
             stack = frames.unsqueeze(1).expand(self.seen_stack.shape)
-            return self.policy.fold(stack)
-        return self.policy.fold(self.seen_stack, frames)
+            return self.policy.fold(stack).float()
+        return self.policy.fold(self.seen_stack, frames).float()
 
     def select(self, rows: Tensor) -> AttackContext:
         """The context of some of the episodes."""
@@ -70,10 +70,11 @@ class Attack(ABC):
             delivered frames, same shape and dtype; bit-identical to `frames` where nothing is spent.
         """
 
-    def check(self, policy: PolicyView, threat: ThreatModel) -> None:
-        """Raise ValueError if the attack cannot serve this threat model or policy; called before any work."""
-        del policy, threat
+    def check(self, policy: PolicyView, threat: ThreatModel, noise: Noise | None) -> None:
+        """Raise ValueError if the attack cannot serve this threat model, policy or noise; called before any work."""
+        del policy, threat, noise
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for reports."""
-        return {"kind": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+        """Plain data for reports: the attack's name and its attributes."""
+        plain = {key: value if isinstance(value, bool | int | float | str) else repr(value) for key, value in vars(self).items()}
+        return {"kind": type(self).__name__, **plain}

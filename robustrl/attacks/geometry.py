@@ -8,7 +8,7 @@ from torch import Tensor
 
 def row_norms(delta: Tensor) -> Tensor:
     """l2 norm of every row, float64; (n, *frame) -> (n,)."""
-    return delta.double().flatten(1).norm(dim=1)
+    return torch.linalg.vector_norm(delta.double().flatten(1), dim=1)
 
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:
@@ -17,9 +17,11 @@ def per_row(values: Tensor, like: Tensor) -> Tensor:
 
 
 def unit(gradient: Tensor) -> Tensor:
-    """Rows scaled to l2 norm 1; a row without gradient stays zero."""
+    """Rows scaled to l2 norm 1; a row without gradient, or with one that is not finite, is zero."""
     norms = row_norms(gradient)
-    return gradient * per_row(torch.where(norms > 0, 1 / norms.clamp_min(1e-300), 0.0), gradient)
+    scaled = gradient.double() / per_row(norms.clamp_min(1e-300), gradient.double())  # float32 cannot hold 1 / 1e-39
+    usable = (norms > 0) & torch.isfinite(norms)
+    return torch.where(per_row(usable, gradient).bool(), scaled.to(gradient.dtype), torch.zeros_like(gradient))
 
 
 def project_l2(delta: Tensor, radius: Tensor) -> Tensor:

@@ -50,15 +50,17 @@ class FlipAttack(Attack):
         if check_real("threshold", self.threshold) < 0:
             raise ValueError(f"threshold must be >= 0, got {self.threshold}")
 
-    def check(self, policy: PolicyView, threat: ThreatModel) -> None:
+    def check(self, policy: PolicyView, threat: ThreatModel, noise: Noise | None) -> None:
         if threat.norm != 2:
             raise ValueError(f"{type(self).__name__} spends l2 budgets; threat.norm must be 2, got {threat.norm}")
         if threat.units != "raw" or threat.mask is not None:
             raise ValueError(f"{type(self).__name__} attacks all entries in raw units; got units={threat.units!r}, mask={threat.mask}")
+        if math.isinf(min(limit for limit in (threat.step, threat.episode) if limit is not None)):
+            raise ValueError(f"{type(self).__name__} needs a finite budget, got step={threat.step}, episode={threat.episode}")
+        if not isinstance(noise, Gaussian | Uniform | Laplace | None):
+            raise ValueError(f"{type(self).__name__} needs additive noise, got {noise}")
 
     def perturb(self, frames: Tensor, context: AttackContext) -> Tensor:
-        if not isinstance(context.noise, Gaussian | Uniform | Laplace | None):
-            raise ValueError(f"{type(self).__name__} needs additive noise, got {context.noise}")
         with_budget = torch.nonzero(context.allowance > 0).flatten()
         if not len(with_budget):
             return frames
@@ -104,13 +106,13 @@ class FlipAttack(Attack):
         noise = _samples(context.noise, (self.draws, *stack.shape[1:]), context.generator, stack.dtype, stack.device)
         noisy = (stack.unsqueeze(1) + noise).flatten(0, 1)
         with torch.no_grad():
-            return context.policy.scores(context.policy.fold(noisy)).unflatten(0, (len(stack), -1)).mean(1)
+            return _grouped(context.policy.scores(context.policy.fold(noisy).float()), len(stack)).mean(1)
 
     def _draw_scores(self, x: Tensor, rows: Tensor, context: AttackContext, noise: Tensor) -> Tensor:
         """Scores of every noise draw when the newest frames are `x` (m, *frame): (m, draws, n_actions)."""
         part = context.select(rows.repeat_interleave(len(noise)))
         noisy = (x.unsqueeze(1) + noise).flatten(0, 1)
-        return context.policy.scores(part.observation(noisy)).unflatten(0, (len(x), -1))
+        return _grouped(context.policy.scores(part.observation(noisy)), len(x))
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,11 @@ class MinimalFlip(FlipAttack):
     def _won(self, scores: Tensor, targets: Tensor) -> Tensor:
         votes = (scores.argmax(2) == targets[:, None]).double().mean(1)
         return votes >= self.confidence
+
+
+def _grouped(scores: Tensor, n: int) -> Tensor:
+    """(n * draws, n_actions) -> (n, draws, n_actions)."""
+    return scores.reshape(n, -1, scores.shape[1])
 
 
 def _samples(

@@ -66,7 +66,7 @@ def ell_crossing_probability(n: int, gamma: float) -> float:
 
 
 def solve_level(n: int, alpha: float) -> float:
-    """The level gamma by root finding on the exact crossing probability, rounded down to five digits."""
+    """The level gamma by root finding on the exact crossing probability, rounded down to six digits."""
     if n == 1 or alpha < 1e-8:  # so small a crossing probability has lost its digits; the union bound has not
         return alpha / n
     target = math.log(alpha)

@@ -182,7 +182,8 @@ def _lower_bound(
         growth = np.add.reduceat(count * np.log1p(lam[rows] * (outcome - m)), starts)
         return bool(np.cumsum(growth).max() >= math.log(1 / alpha))
 
-    low, high = max(float(knots[0]), float(floor.max())), ceiling  # m <= K is false for certain
+    # m <= K is rejected outright. A tangent lies below g(0) = 0, so K <= a up to rounding, and a is where to start.
+    low, high = max(float(knots[0]), float(floor.max())), ceiling
     if high <= low:
         return low
     if rejected(high):

@@ -23,9 +23,9 @@ from robustrl.certify.storage import (
     encode_returns,
     plain_data,
     read_document,
-    write_atomically,
 )
 from robustrl.errors import CertificateError, check_alpha, check_choice, check_count, check_real
+from robustrl.files import write_atomically
 from robustrl.noise import Noise, noise_from_dict
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import zlib
 from pathlib import Path
 from typing import Any
@@ -51,20 +50,6 @@ def _text_keys(value: Any) -> bool:
 def digest(document: dict[str, Any]) -> str:
     """sha256 of everything but the digest itself."""
     return hashlib.sha256(canonical({key: value for key, value in document.items() if key != "digest"}).encode()).hexdigest()
-
-
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file that is either the old one or the complete new one, even if the disk fills up or the power goes."""
-    target = Path(path)
-    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(part, "xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def encode_floats(values: Floats) -> list[float | str | None]:

@@ -31,7 +31,12 @@ ROLES: dict[str, str] = {
     "gymnasium.wrappers.vector.stateful_observation.NormalizeObservation": "normalize",
 }
 
-RESHAPING = ("FlattenObservation", "ReshapeObservation")
+RESHAPING = (
+    gym.wrappers.FlattenObservation,
+    gym.wrappers.ReshapeObservation,
+    gym.wrappers.vector.FlattenObservation,
+    gym.wrappers.vector.ReshapeObservation,
+)
 """Observation wrappers that keep every distance."""
 
 
@@ -54,7 +59,7 @@ class Layer:
         """Whether the layer is known to compute new observations, so that budgets outside it have other units."""
         if self.role == "normalize":
             return bool(getattr(self.env, "norm_obs", True))
-        return isinstance(self.env, gym.ObservationWrapper | VectorObservationWrapper) and self.name not in RESHAPING
+        return isinstance(self.env, gym.ObservationWrapper | VectorObservationWrapper) and type(self.env) not in RESHAPING
 
     @property
     def changes_rewards(self) -> bool:

@@ -266,8 +266,9 @@ def make_vec_env(
         stack_padding=stack_padding,
         max_episode_steps=max_episode_steps,
         env_kwargs=env_kwargs,
-        wrappers=None if wrapper_class is None else (wrapper_class,),
     )
+    if wrapper_class is not None:
+        recipe = replace(recipe, wrappers=(*recipe.wrappers, wrapper_class))
     check_count("n_envs", n_envs)
     if not isinstance(recipe.action_space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
         raise TypeError(f"{recipe.label}: Stable-Baselines3 cannot act in {recipe.action_space}")

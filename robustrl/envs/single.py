@@ -55,12 +55,20 @@ class NoiseObservation(gym.Wrapper[NDArray[np.float32], Any, NDArray[Any], Any],
 
 
 class RewardProbe(gym.Wrapper[Any, Any, Any, Any]):
-    """Remembers the last reward of the environment inside reward-changing wrappers, so that returns are the true ones."""
+    """Adds up the rewards of the environment inside reward-changing wrappers, so that returns are the true ones.
+
+    A wrapper outside may step the environment several times per action, or not at all.
+    """
 
     chain_role: ClassVar[str] = "monitor"
-    last_reward: float = 0.0
+    _earned: float = 0.0
 
     def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
         observation, reward, terminated, truncated, info = self.env.step(action)
-        self.last_reward = float(reward)
+        self._earned += float(reward)
         return observation, reward, terminated, truncated, info
+
+    def take(self) -> float:
+        """The rewards since the last call."""
+        earned, self._earned = self._earned, 0.0
+        return earned

@@ -6,6 +6,7 @@ when, or beside what.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -20,6 +21,7 @@ from robustrl.attacks.base import Attack, AttackContext
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.policy import INFERENCE_BATCH, PolicyView, push_frame, start_stack
 from robustrl.rollouts.engines import make_engine
+from robustrl.rollouts.identity import identity
 from robustrl.seeding import chunk_seeds, torch_generator
 from robustrl.threat import Ledger, ThreatModel
 
@@ -82,6 +84,7 @@ class Job:
         return {
             "policy_hash": self.policy.fingerprint(),
             "recipe": self.recipe.to_dict(),
+            "code": [identity(part) for part in (self.recipe.factory, *self.recipe.wrappers) if part is not None],
             "seed": self.seed,
             "chunk_size": self.chunk_size,
             "engine": self.engine,
@@ -107,7 +110,7 @@ def run_chunk(job: Job, chunk: int, n: int) -> Episodes:
         chunk: chunk number; names the random streams.
         n: slots, at most `job.chunk_size`.
     Raises:
-        ValueError: if the environment returns NaN, the horizon is exceeded, or the policy's scores are not finite.
+        ValueError: if the environment returns NaN or inf, the horizon is exceeded, or the policy's scores are not finite.
         BudgetExceededError: if the attack delivers more than its threat model allows.
     """
     policy, recipe, noise = job.policy.for_inference(), job.recipe, job.recipe.noise
@@ -118,12 +121,14 @@ def run_chunk(job: Job, chunk: int, n: int) -> Episodes:
     attacker_generator = torch_generator(seeds.attacker, device)
     ledger = None if job.threat is None else Ledger(job.threat, n)
     batch = math.ceil(job.chunk_size / math.ceil(job.chunk_size / INFERENCE_BATCH))
+    # The attacker differentiates a frozen copy: the user's model keeps its gradients and its training mode.
+    victim = None if job.attack is None else copy.deepcopy(job.policy).eval().requires_grad_(False)
 
     returns, lengths = np.zeros(n), np.zeros(n, dtype=np.int64)
     slots = np.arange(n)
     try:
         first, environment_seeds = engine.start(n, seeds.environment)
-        frames = torch.from_numpy(first).to(device)
+        frames = _received(first, recipe, device)
         everyone = frames
         stack: torch.Tensor | None = None
         clean_stack: torch.Tensor | None = None
@@ -131,9 +136,10 @@ def run_chunk(job: Job, chunk: int, n: int) -> Episodes:
         for _ in range(recipe.horizon):
             if job.attack is not None:
                 assert ledger is not None
+                assert victim is not None
                 clean_stack = _observe(clean_stack, frames, recipe)
                 context = AttackContext(
-                    policy=job.policy,
+                    policy=victim,
                     noise=noise,
                     clean_stack=clean_stack,
                     seen_stack=start_stack(frames, recipe.frame_stack, recipe.stack_padding) if stack is None else push_frame(stack, frames),
@@ -162,7 +168,7 @@ def run_chunk(job: Job, chunk: int, n: int) -> Episodes:
             step = engine.step(actions.cpu().numpy())
             returns[slots] += step.rewards
             lengths[slots] += 1
-            frames = torch.from_numpy(step.frames).to(device)
+            frames = _received(step.frames, recipe, device)
             if step.finished.any():
                 running = ~step.finished
                 slots = slots[running]
@@ -179,6 +185,12 @@ def run_chunk(job: Job, chunk: int, n: int) -> Episodes:
     if not np.isfinite(returns).all():
         raise ValueError(f"{recipe.label} returned rewards that are NaN or inf")
     return Episodes(returns, lengths, environment_seeds, np.zeros(n) if ledger is None else ledger.spent)
+
+
+def _received(frames: NDArray[Any], recipe: EnvRecipe, device: torch.device) -> torch.Tensor:
+    if not np.isfinite(frames).all():
+        raise ValueError(f"{recipe.label} returned observations that are NaN or inf")
+    return torch.from_numpy(frames).to(device)
 
 
 def _observe(stack: torch.Tensor | None, frames: torch.Tensor, recipe: EnvRecipe) -> torch.Tensor:

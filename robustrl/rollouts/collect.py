@@ -6,9 +6,11 @@ import os
 from functools import partial
 from typing import Any
 
+from gymnasium.spaces import Discrete
+
 from robustrl.attacks.base import Attack
 from robustrl.envs.recipe import EnvRecipe
-from robustrl.errors import check_count
+from robustrl.errors import WorkerError, check_count
 from robustrl.policy import PolicyView
 from robustrl.rollouts.chunk import Episodes, Job, run_chunk
 from robustrl.rollouts.engines import make_engine
@@ -44,15 +46,16 @@ def make_job(
         raise ValueError(f"the policy stacks {policy.n_frames} frame(s), the environment recipe {recipe.frame_stack}")
     if shape != space.shape:
         raise ValueError(f"the policy takes frames of shape {shape}, but {recipe.label} gives {space.shape}")
-    n_actions = getattr(recipe.action_space, "n", None)
-    if n_actions is None or int(n_actions) != policy.n_actions or int(getattr(recipe.action_space, "start", 0)) != 0:
-        raise ValueError(f"the policy has {policy.n_actions} actions, but {recipe.label} takes {recipe.action_space}")
-    if recipe.noise is not None and space.dtype is not None and space.dtype.kind != "f":
-        raise ValueError(f"noise needs float observations, but {recipe.label} gives {space.dtype}: convert them in a wrapper")
+    actions = recipe.action_space
+    if not isinstance(actions, Discrete) or int(actions.n) != policy.n_actions or int(actions.start) != 0:
+        raise ValueError(f"the policy has {policy.n_actions} actions, but {recipe.label} takes {actions}")
+    if space.dtype is not None and space.dtype.kind != "f" and (recipe.noise is not None or attack is not None):
+        what = "an attack" if recipe.noise is None else "noise"
+        raise ValueError(f"{what} needs float observations, but {recipe.label} gives {space.dtype}: convert them in a wrapper")
     if (attack is None) != (threat is None):
         raise ValueError("attack and threat go together: got one without the other")
     if attack is not None and threat is not None:
-        attack.check(policy, threat)
+        attack.check(policy, threat, recipe.noise)
     probe = make_engine(recipe, engine)
     probe.close()
     default = probe.default_chunk if attack is None else min(probe.default_chunk, ATTACK_CHUNK)
@@ -87,11 +90,12 @@ def collect(
         WorkerError: if workers keep dying.
     """
     check_count("episodes", episodes)
+    check_count("n_workers", n_workers)
     store = None if folder is None else ChunkStore(folder, job)
     sizes = [min(job.chunk_size, episodes - start) for start in range(0, episodes, job.chunk_size)]
     parts: list[Episodes | None] = [None if store is None else store.load(i, n) for i, n in enumerate(sizes)]
     missing = [i for i, part in enumerate(parts) if part is None]
-    runner = executor or LocalExecutor(min(n_workers, max(1, len(missing))) if n_workers > 1 else check_count("n_workers", n_workers))
+    runner = executor or LocalExecutor(min(n_workers, max(1, len(missing))))
     with progress_bar(label, episodes, visible=progress) as advance:
         advance(sum(len(part) for part in parts if part is not None))
         for index, part in runner.run(partial(_run, job), [(i, sizes[i]) for i in missing]):
@@ -99,7 +103,10 @@ def collect(
                 store.save(missing[index], part)
             parts[missing[index]] = part
             advance(len(part))
-    return Episodes.concatenate([part for part in parts if part is not None])
+    done = [part for part in parts if part is not None]
+    if len(done) < len(parts):
+        raise WorkerError(f"{type(runner).__name__} returned only {len(done)} of {len(parts)} chunks")
+    return Episodes.concatenate(done)
 
 
 def _run(job: Job, task: tuple[int, int]) -> Any:

@@ -20,6 +20,7 @@ from robustrl.errors import check_choice
 from robustrl.seeding import integer_seed, slot_seeds
 
 ENGINES = ("auto", "native", "list")
+CARTPOLE = "gymnasium.envs.classic_control.cartpole:"
 
 
 class Step(NamedTuple):
@@ -57,14 +58,17 @@ class NativeCartPole:
     default_chunk = 1250
 
     def __init__(self, recipe: EnvRecipe) -> None:
-        self._env = CartPoleVectorEnv(num_envs=1, max_episode_steps=recipe.horizon, **recipe.env_kwargs)
+        self._env: Any = CartPoleVectorEnv(num_envs=1, max_episode_steps=recipe.horizon, **recipe.env_kwargs)
 
     @classmethod
     def supports(cls, recipe: EnvRecipe) -> bool:
         """Whether the recipe is an unwrapped CartPole."""
         if recipe.env_id is None or recipe.wrappers or set(recipe.env_kwargs) - {"sutton_barto_reward"}:
             return False
-        return str(find_spec(recipe.env_id).vector_entry_point).endswith("cartpole:CartPoleVectorEnv")
+        spec = find_spec(recipe.env_id)
+        if spec.kwargs or spec.additional_wrappers:  # anyone can register a changed CartPole under an id of their own
+            return False
+        return spec.entry_point == CARTPOLE + "CartPoleEnv" and spec.vector_entry_point == CARTPOLE + "CartPoleVectorEnv"
 
     def start(self, n: int, seed: np.random.SeedSequence) -> tuple[NDArray[Any], NDArray[np.uint64]]:
         self._resize(n)
@@ -78,8 +82,9 @@ class NativeCartPole:
 
     def keep(self, running: NDArray[np.bool_]) -> None:
         env = self._env
-        assert env.state is not None
-        env.state, env.steps, env.prev_done = env.state[:, running], env.steps[running], env.prev_done[running]
+        # Contiguous rows: numpy may round sines of strided ones differently, and a slot must not notice that another ended.
+        env.state = np.ascontiguousarray(env.state[:, running])
+        env.steps, env.prev_done = env.steps[running], env.prev_done[running]
         self._resize(int(running.sum()))
 
     def _resize(self, n: int) -> None:
@@ -99,21 +104,22 @@ class EnvList:
     default_chunk = 64
 
     def __init__(self, recipe: EnvRecipe) -> None:
-        self._recipe = recipe
+        self._recipe, self._dtype = recipe, recipe.frame_space.dtype
         self._envs: list[gym.Env[Any, Any]] = []
         self._probes: list[RewardProbe] = []
         self._running: list[int] = []
 
     def start(self, n: int, seed: np.random.SeedSequence) -> tuple[NDArray[Any], NDArray[np.uint64]]:
         while len(self._envs) < n:
-            if self._recipe.wrappers:
-                self._envs.append(self._recipe.base_env(inner=self._probe))
-            else:
-                self._envs.append(self._recipe.base_env())
+            self._envs.append(self._recipe.base_env(inner=self._probe if self._recipe.wrappers else None))
+        if len({id(env.unwrapped) for env in self._envs}) < len(self._envs):
+            raise ValueError(f"the factory {self._recipe.label} returned the same environment twice; it must make a new one per call")
         seeds = slot_seeds(seed, n)
         self._running = list(range(n))
         frames = [self._envs[i].reset(seed=int(seeds[i]))[0] for i in self._running]
-        return np.stack(frames), seeds.astype(np.uint64)
+        for probe in self._probes:
+            probe.take()  # what wrappers earned while resetting is nobody's doing
+        return self._stacked(frames), seeds.astype(np.uint64)
 
     def _probe(self, env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
         self._probes.append(RewardProbe(env))
@@ -124,9 +130,12 @@ class EnvList:
         for row, slot in enumerate(self._running):
             frame, reward, terminated, truncated, _ = self._envs[slot].step(actions[row])
             frames.append(frame)
-            rewards[row] = self._probes[slot].last_reward if self._probes else float(reward)
+            rewards[row] = self._probes[slot].take() if self._probes else float(reward)
             finished[row] = terminated or truncated
-        return Step(np.stack(frames), rewards, finished)
+        return Step(self._stacked(frames), rewards, finished)
+
+    def _stacked(self, frames: list[Any]) -> NDArray[Any]:
+        return np.stack(frames).astype(self._dtype, copy=False)  # some environments return doubles from a float32 space
 
     def keep(self, running: NDArray[np.bool_]) -> None:
         self._running = [slot for slot, stays in zip(self._running, running, strict=True) if stays]

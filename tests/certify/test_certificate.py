@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from robustrl.certify import storage
+from robustrl import files
 from robustrl.certify.certificate import Certificate, EpisodeCertificate
 from robustrl.certify.returns import METHODS, certify_quantile, certify_return, certify_success
 from robustrl.certify.storage import digest
@@ -363,6 +364,19 @@ def test_evidence_that_does_not_unpack_to_n_returns_is_refused(raw: bytes, n: in
         Certificate.load(path)
 
 
+def test_packed_bomb_is_not_unpacked(path: Path) -> None:
+    mean_certificate().save(path)
+    evidence = json.loads(path.read_text())["evidence"]
+    forge(path, evidence={**evidence, "data": base64.b64encode(zlib.compress(bytes(50_000_000))).decode()})
+    tracemalloc.start()
+    try:
+        with pytest.raises(CertificateError, match="exactly 120 returns"):
+            Certificate.load(path)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_evidence_with_other_returns_under_the_same_hash_is_refused(path: Path) -> None:
     mean_certificate().save(path)
     evidence = json.loads(path.read_text())["evidence"]
@@ -410,9 +424,9 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(
             wrapper.write = lambda data: (write(data[: len(data) // 2]), full())
             return wrapper
 
-        monkeypatch.setattr(storage, "open", half_open, raising=False)
+        monkeypatch.setattr(files, "open", half_open, raising=False)
     else:
-        monkeypatch.setattr(storage.os, failing, full)
+        monkeypatch.setattr(files.os, failing, full)
     with pytest.raises(OSError, match="No space"):
         getattr(certificate.with_provenance(seed=9), output)(target)
     monkeypatch.undo()
@@ -420,9 +434,10 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(
     assert os.listdir(tmp_path) == [target.name]
 
 
-def test_missing_folder_is_an_os_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        mean_certificate().save(tmp_path / "nowhere" / "certificate.json")
+def test_missing_folders_are_created(tmp_path: Path) -> None:
+    certificate = mean_certificate()
+    certificate.save(tmp_path / "new" / "folder" / "certificate.json")
+    assert EpisodeCertificate.load(tmp_path / "new" / "folder" / "certificate.json") == certificate
 
 
 # ---- reading it --------------------------------------------------------------------------------------------------

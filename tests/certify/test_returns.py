@@ -232,35 +232,44 @@ def test_every_mechanism_is_certified_through_its_own_trade_off_function(
 
 
 def slow_betting(
-    returns: np.ndarray, noise: Noise, budget: float, alpha: float, low: int, high: int, n_planned: int, ceiling: float
+    returns: np.ndarray,
+    noise: Noise,
+    budget: float,
+    alpha: float,
+    knots: np.ndarray,
+    n_planned: int,
+    ceiling: float,
+    warm_up: int = 0,
 ) -> float:
-    """Specification 2.6, episode by episode, each with what earlier blocks alone have shown; thresholds at tenths."""
-    t = np.linspace(low, high, 10 * (high - low) + 1)[:-1]
-    starts = np.concatenate([[0], block_ends(0, n_planned)])
+    """Specification 2.6, episode by episode, each with what earlier blocks alone have shown; all returns are knots."""
+    t, widths = knots[:-1], np.diff(knots)
+    starts = np.concatenate([[warm_up], block_ends(warm_up, n_planned)])
     ledger = []
-    for i, episode in enumerate(returns):
+    for i, episode in list(enumerate(returns))[warm_up:]:
         k = int(starts[np.searchsorted(starts, i, side="right") - 1])
         past = returns[:k]
-        prior = 1 - 0.5 * (t - low) / (high - low)
+        prior = 1 - 0.5 * (t - knots[0]) / (knots[-1] - knots[0])
         survival = ((past[:, None] > t).sum(axis=0) + 3 * prior) / (k + 3)
         effective = min(n_planned, max(4 * k, 50))
         c = np.minimum(betaincinv(effective * survival, effective * (1 - survival) + 1, 0.3), 1 - 1e-9)
         slope = noise.slope(c, budget)
-        floor = low + np.sum(g(noise, c, budget) - c * slope) / 10
-        gains = np.array([slope[t < r].sum() / 10 for r in past])
+        floor = knots[0] + widths @ (g(noise, c, budget) - c * slope)
+        gains = np.array([(slope * widths)[t < r].sum() for r in past])
         variance = gains.var() if k else 0.0
-        variance = (k * variance + 3 * (slope.sum() / 10) ** 2 / 4) / (k + 3)
-        ledger.append(
-            (floor, floor + slope[t < episode].sum() / 10, math.sqrt(2 * math.log(1 / alpha) / (n_planned * variance)))
-        )
+        variance = (k * variance + 3 * (slope @ widths) ** 2 / 4) / (k + 3)
+        wager = math.sqrt(2 * math.log(1 / alpha) / (n_planned * variance))
+        ledger.append((floor, floor + (slope * widths)[t < episode].sum(), wager))
     floors, outcomes, wagers = np.array(ledger).T
-    stops = [int(end) - 1 for end in block_ends(0, len(returns))]
-    bottom, top = max(low, floors.max()), ceiling
+    stops = [int(end) - 1 - warm_up for end in block_ends(warm_up, len(returns))]
+    bottom, top = max(float(knots[0]), floors.max()), ceiling
     for _ in range(60):
         m = (bottom + top) / 2
         capital = np.cumsum(np.log1p(np.minimum(wagers, 0.9 / (m - floors)) * (outcomes - m)))
         bottom, top = (m, top) if capital[stops].max() >= math.log(1 / alpha) else (bottom, m)
     return float(bottom)
+
+
+TENTHS = np.linspace(0, 12, 121)
 
 
 @pytest.mark.parametrize("noise", [Gaussian(0.5), Uniform(1.0), Laplace(0.7)])
@@ -271,7 +280,7 @@ def test_betting_equals_a_slow_reading_of_the_specification(
 ) -> None:
     returns = rng.binomial(12, 0.6, n).astype(float)
     certificate = certify_return(returns, noise, budget, method="betting", alpha=0.1, return_low=0, return_high=12)
-    slow = slow_betting(returns, noise, budget, 0.1, 0, 12, n, float(certificate.plug_in[0]))
+    slow = slow_betting(returns, noise, budget, 0.1, TENTHS, n, float(certificate.plug_in[0]))
     assert certificate.values[0] == pytest.approx(max(slow, 0), abs=1e-9)
 
 
@@ -289,12 +298,22 @@ def test_betting_never_looks_at_the_block_it_wagers_on(rng: np.random.Generator)
 def test_prefix_with_planned_length_depends_on_the_prefix_alone(rng: np.random.Generator) -> None:
     returns = rng.binomial(12, 0.6, 400).astype(float)
     options: dict[str, Any] = {"method": "betting", "return_low": 0, "return_high": 12, "n_planned": 400}
-    slow = slow_betting(returns[:137], UNIT, 0.5, 0.05, 0, 12, 400, plug_in_return(returns[:137], UNIT, 0.5, 0)[0])
+    slow = slow_betting(returns[:137], UNIT, 0.5, 0.05, TENTHS, 400, plug_in_return(returns[:137], UNIT, 0.5, 0)[0])
     certificate = certify_return(returns[:137], UNIT, 0.5, **options)
     assert certificate.anytime
     assert certificate.n_planned == 400
     assert certificate.values[0] == pytest.approx(slow, abs=1e-9)
     assert not certify_return(returns, UNIT, 0.5, method="betting", return_low=0).anytime
+
+
+@pytest.mark.parametrize("n", [25, 130, 400])
+def test_warm_up_chooses_thresholds_and_wagers_nothing(n: int, rng: np.random.Generator) -> None:
+    returns = rng.choice([0.0, 2.0, 3.0], 400, p=[0.2, 0.3, 0.5])[:n]
+    knots = np.unique(np.concatenate([[0.0, 2.0, 3.0], 3 + (3 - np.median(returns[:20])) * np.arange(1, 9) / 8]))
+    ceiling = plug_in_return(returns, UNIT, 0.5, 0)[0]
+    slow = slow_betting(returns, UNIT, 0.5, 0.05, knots, 400, ceiling, warm_up=20)
+    certificate = certify_return(returns, UNIT, 0.5, method="betting", return_low=0, n_planned=400)
+    assert certificate.values[0] == pytest.approx(slow, abs=1e-9)
 
 
 def test_warm_up_certifies_nothing(rng: np.random.Generator) -> None:
@@ -319,6 +338,20 @@ def test_hybrid_is_the_better_of_both_halves_at_half_of_alpha(cartpole: Returns,
         assert curve("hybrid", 0.05, simultaneous=simultaneous) == pytest.approx(np.maximum(*parts), abs=1e-9)
     pointwise = [certify_return(returns, noise, b, alpha=0.05, **options).values[0] for b in budgets]
     assert curve("hybrid", 0.05, simultaneous=False) == pytest.approx(pointwise, abs=1e-9)
+
+
+def test_only_simultaneous_curves_borrow_from_larger_budgets() -> None:
+    # on these twelve episodes, betting happens to do better at 1.1 than at 1.05
+    returns, budgets = np.full(12, 100.0), np.linspace(0, 2, 41)
+    options: dict[str, Any] = {"method": "betting", "return_low": 0, "return_high": 200}
+    pointwise = certify_return(returns, Uniform(1.0), budgets, simultaneous=False, **options).values
+    single = [certify_return(returns, Uniform(1.0), b, **options).values[0] for b in budgets]
+    assert pointwise.tolist() == single
+    assert np.diff(pointwise).max() > 1
+    curve = certify_return(returns, Uniform(1.0), budgets, **options).values
+    alone = [certify_return(returns, Uniform(1.0), b, alpha=0.05 / 41, **options).values[0] for b in budgets]
+    assert curve == pytest.approx(np.maximum.accumulate(alone[::-1])[::-1], abs=1e-9)
+    assert np.all(np.diff(curve) <= 0)
 
 
 def test_band_method_uses_the_rank_of_the_first_of_tied_returns() -> None:

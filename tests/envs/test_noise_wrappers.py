@@ -325,4 +325,4 @@ def test_a_reward_probe_remembers_the_reward_inside_later_wrappers() -> None:
     env = gym.wrappers.TransformReward(RewardProbe(Still()), lambda reward: 100 * float(reward))
     env.reset()
     assert env.step(np.int64(0))[1] == 100.0
-    assert env.env.last_reward == 1.0  # type: ignore[attr-defined]
+    assert env.env.take() == 1.0  # type: ignore[attr-defined]

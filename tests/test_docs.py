@@ -1,0 +1,37 @@
+"""The tutorial and the README's example run as they stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+matplotlib.use("Agg")
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page: str) -> list[str]:
+    """The python blocks of a page, in order."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_tutorial_runs_block_after_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    assert len(blocks("docs/tutorial.md")) == 5
+    for block in blocks("docs/tutorial.md"):
+        exec(block, namespace)  # the page is ours
+
+
+def test_the_readme_example_runs_with_fewer_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks("README.md")
+    small = {"learn(200_000)": "learn(4_096)", "episodes=10_000": "episodes=500", "SmoothedPGD()": "SmoothedPGD(draws=8)", "episodes=200": "episodes=10"}
+    for long, short in small.items():
+        assert long in block
+        block = block.replace(long, short)
+    exec(block, {})
+    assert (tmp_path / "certificate.json").exists()
+    assert (tmp_path / "certificate.png").exists()
