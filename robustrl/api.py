@@ -10,25 +10,26 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.stats import fisher_exact, ks_2samp
 
 from robustrl.agents.loading import load_model
 from robustrl.attacks.base import Attack
 from robustrl.certify.certificate import Certificate, EpisodeCertificate
 from robustrl.certify.returns import certify_quantile, certify_return, certify_success, episode_budget, mean_upper_bound
+from robustrl.certify.storage import plain_data
 from robustrl.envs.bounds import known_return_bounds
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.errors import CertificateError, check_alpha, check_choice, check_count, check_real
 from robustrl.noise import Noise
-from robustrl.policy import PolicyView
+from robustrl.policy import PolicyView, frame_shape
 from robustrl.report.attack import AttackReport
 from robustrl.rollouts.chunk import Job, run_chunk
 from robustrl.rollouts.collect import collect, make_job
@@ -86,7 +87,8 @@ def certify_policy(
         return_low: sure lower bound of the return; known for CartPole, Acrobot and MountainCar.
         return_high: sure upper bound of the return, where there is one.
         simultaneous: whether the confidence covers all budgets at once.
-        until: (value, budget): stop as soon as `value` is certified at `budget` (statistic="mean", method="betting").
+        until: (value, budget): stop as soon as `value` is certified at `budget` (statistic="mean", method="betting"); the
+            certificate then has that budget alone.
         deterministic: greedy actions, or sampled ones; part of what is certified.
         seed: root of all randomness.
         n_workers: processes; results do not depend on it.
@@ -113,39 +115,43 @@ def certify_policy(
             f"return_low must be given: no sure lower bound of the return is known for {recipe.label}; "
             "or certify statistic='success' or 'quantile'"
         )
-    if statistic == "success":
-        check_real("success_at", success_at, allowed="the return that counts as success")
-    if statistic == "quantile":
-        check_real("quantile", quantile, allowed="a level in (0, 1)")
+    for name, value, owner in (("success_at", success_at, "success"), ("quantile", quantile, "quantile")):
+        if value is not None and statistic != owner:
+            raise ValueError(f"{name} belongs to statistic={owner!r}, got statistic={statistic!r}")
+    threshold = 0.0 if statistic != "success" else check_real("success_at", success_at, allowed="the return that counts as success")
+    level = 0.5 if statistic != "quantile" else check_real("quantile", quantile, allowed="a level in (0, 1)")
+    if until is not None and (statistic != "mean" or method not in ("hybrid", "betting")):
+        raise ValueError("until needs statistic='mean' and method='betting': only the betting bound may be stopped at will")
+    mechanism = recipe.noise
     grid, threat = _budget_grid(recipe, budgets)
-    recipe.noise.lower(0.5, grid)  # refuses what the mechanism cannot certify before any episode is run
     policy = PolicyView.of(model, n_frames=recipe.frame_stack)
     job = make_job(policy, recipe, seed=seed, chunk_size=chunk_size, engine=engine, deterministic=deterministic)
-    options: dict[str, Any] = {"n_workers": n_workers, "folder": out, "label": "certify"}
+    recorded = {k: v for k, v in job.describe().items() if k not in ("attack", "threat")}
+    recorded |= {"env": recipe.label, "versions": _versions()} | ({"success_at": threshold} if statistic == "success" else {})
 
-    if until is not None:
-        if statistic != "mean" or method not in ("hybrid", "betting"):
-            raise ValueError("until needs statistic='mean' and method='betting': only the betting bound may be stopped at will")
-        certificate = _certify_until(job, episodes, until, alpha, recipe.noise, low, high, options, progress_bar)
-    else:
-        done = collect(job, episodes, progress=progress_bar, **options)
+    def certify(returns: NDArray[np.float64], stop_at: float | None = None) -> EpisodeCertificate:
         if statistic == "success":
-            certificate = certify_success(int(np.sum(done.returns >= success_at)), episodes, recipe.noise, grid, alpha=alpha)
+            found = certify_success(int(np.sum(returns >= threshold)), returns.size, mechanism, grid, alpha=alpha)
         elif statistic == "quantile":
-            assert quantile is not None
-            certificate = certify_quantile(done.returns, quantile, recipe.noise, grid, alpha=alpha, simultaneous=simultaneous)
+            found = certify_quantile(returns, level, mechanism, grid, alpha=alpha, simultaneous=simultaneous)
         else:
-            certificate = certify_return(
-                done.returns, recipe.noise, grid, alpha=alpha, method=method, return_low=low, return_high=high, simultaneous=simultaneous
-            )
-    extra = {} if success_at is None else {"success_at": float(success_at)}
-    described = {k: v for k, v in job.describe().items() if k not in ("attack", "threat")}
-    certificate = certificate.with_provenance(env=recipe.label, versions=_versions(), **described, **extra)
-    if threat is None:
-        return certificate
-    from dataclasses import replace
+            settings: dict[str, Any] = {"alpha": alpha, "return_low": low, "return_high": high}
+            if stop_at is not None:
+                found = certify_return(returns, mechanism, [stop_at], method="betting", n_planned=episodes, **settings)
+            else:
+                found = certify_return(returns, mechanism, grid, method=method, simultaneous=simultaneous, **settings)
+        return replace(found.with_provenance(**recorded), threat=threat)
 
-    return replace(certificate, threat=threat)
+    goal, budget = (None, None) if until is None else (check_real(f"until {name}", x) for name, x in zip(("value", "budget"), until, strict=True))
+    # One made-up episode shows whatever is wrong with the arguments before hours of real ones.
+    certify(np.array([0.0 if low is None else low]), budget)
+    options: dict[str, Any] = {"n_workers": n_workers, "folder": out, "label": "certify", "progress": progress_bar}
+    n = episodes if goal is None else min(episodes, job.chunk_size)
+    while True:
+        certificate = certify(collect(job, n, **options).returns, budget)
+        if goal is None or certificate.values[0] >= goal or n == episodes:
+            return certificate
+        n = min(episodes, 2 * n)
 
 
 def attack_policy(
@@ -197,6 +203,8 @@ def attack_policy(
         raise TypeError(f"threat must be a ThreatModel, got {threat!r}")
     recipe = EnvRecipe.of(env, noise=noise, frame_stack=frame_stack, max_episode_steps=max_episode_steps)
     check_alpha(alpha)
+    if certificate is not None and not isinstance(certificate, EpisodeCertificate):
+        raise TypeError(f"certificate must be an EpisodeCertificate, got {type(certificate).__name__}")
     policy = PolicyView.of(model, n_frames=recipe.frame_stack)
     settings: dict[str, Any] = {"seed": seed, "engine": engine, "deterministic": deterministic}
     job = make_job(policy, recipe, chunk_size=chunk_size, attack=attack, threat=threat, **settings)
@@ -227,7 +235,8 @@ class Verification:
     Attributes:
         certificate: the certificate.
         replayed: chunk numbers that were rolled out again.
-        bit_equal: whether every replayed return was the stored one to the last bit; None without a replay.
+        bit_equal: whether every replayed return was the stored one to the last bit (of a success certificate, which
+            stores no returns: whether a full replay gave the stored count); None without a replay.
         p_value: of the two-sample test that was made where bits may differ; None otherwise.
     """
 
@@ -241,6 +250,9 @@ class Verification:
         if self.bit_equal is None:
             return text + "; episodes were not replayed (give the model to do so)"
         chunks = f"{len(self.replayed)} chunk(s) {list(self.replayed)} replayed"
+        if getattr(self.certificate, "statistic", None) == "success":
+            found = "the stored number of successes" if self.bit_equal else f"no other rate of success (two-sample p = {self.p_value:.3g})"
+            return f"{text}; {chunks}: {found}; single episodes are not stored"
         if self.bit_equal:
             return f"{text}; {chunks}: every return is the stored one, bit for bit"
         return f"{text}; {chunks} on another machine or build: same law (two-sample p = {self.p_value:.3g}), not the same bits"
@@ -286,11 +298,11 @@ def verify_certificate(
             stored.append(found.evidence[start : start + size])
     again = np.concatenate(fresh)
     if not stored:
-        return _compare_successes(found, again, tuple(chunks))
+        return _compare_successes(found, again, tuple(chunks), _same_build(found, job))
     before = np.concatenate(stored)
     if np.array_equal(before, again):
         return Verification(found, tuple(chunks), bit_equal=True)
-    if found.provenance.get("versions") == _versions():
+    if _same_build(found, job):
         raise CertificateError(f"replaying chunks {chunks} on the same build and CPU gives other returns than the stored evidence")
     p_value = float(ks_2samp(before, again).pvalue)
     if p_value < SAME_LAW_LEVEL:
@@ -327,7 +339,7 @@ def load_agent(
     if path.is_dir():
         run = RunInfo.load(path)
         algo, path = algo or run.algo, path / "model.zip"
-        env = run.env if env is None and run.recipe.get("factory") is None and not run.recipe.get("wrappers") else env
+        env = run.env if env is None and run.self_contained else env
     model = load_model(path, algo=algo, policy_kwargs=None if policy_kwargs is None else dict(policy_kwargs), trust=trust, device=device)
     if env is not None:
         recipe = EnvRecipe.of(env)
@@ -336,15 +348,19 @@ def load_agent(
 
 
 def _check_fit(model: Any, recipe: EnvRecipe) -> None:
-    shape, frame = model.observation_space.shape, recipe.frame_space.shape
-    frames = recipe.frame_stack
-    if shape not in ((frames, *frame), (*frame[:-1], frames * frame[-1])) and not (frames == 1 and shape == frame):
-        hint = ""
-        if len(shape) == len(frame) and frame and shape[:-1] == frame[:-1] and shape[-1] % frame[-1] == 0:
-            hint = f"; does the model stack {shape[-1] // frame[-1]} frames? then pass frame_stack={shape[-1] // frame[-1]} (--frame-stack)"
+    shape, frame, frames = model.observation_space.shape or (), recipe.frame_space.shape, recipe.frame_stack
+    if not _stacks(shape, frames, frame):
+        hint = next((f"; does the model stack {k} frames? then pass frame_stack={k} (--frame-stack)" for k in range(1, 65) if _stacks(shape, k, frame)), "")
         raise ValueError(f"the model takes observations of shape {shape}, but {recipe.label} with frame_stack={frames} gives frames {frame}{hint}")
     if getattr(model.action_space, "n", None) != getattr(recipe.action_space, "n", None):
         raise ValueError(f"the model acts in {model.action_space}, but {recipe.label} takes {recipe.action_space}")
+
+
+def _stacks(shape: tuple[int, ...], n_frames: int, frame: tuple[int, ...]) -> bool:
+    try:
+        return frame_shape(shape, n_frames) == frame
+    except ValueError:
+        return False
 
 
 def _budget_grid(recipe: EnvRecipe, budgets: Any) -> tuple[Any, dict[str, Any] | None]:
@@ -360,38 +376,16 @@ def _budget_grid(recipe: EnvRecipe, budgets: Any) -> tuple[Any, dict[str, Any] |
     return grid, {"converted_from": [t.to_dict() for t in threats]}
 
 
-def _certify_until(
-    job: Job,
-    most: int,
-    until: tuple[float, float],
-    alpha: float,
-    noise: Noise,
-    low: float | None,
-    high: float | None,
-    options: dict[str, Any],
-    progress_bar: bool,
-) -> EpisodeCertificate:
-    value, budget = (check_real(name, x) for name, x in zip(("until value", "until budget"), until, strict=True))
-    n = 0
-    while True:
-        n = min(most, max(2 * n, job.chunk_size))
-        done = collect(job, n, progress=progress_bar, **options)
-        certificate = certify_return(
-            done.returns, noise, [budget], alpha=alpha, method="betting", return_low=low, return_high=high, n_planned=most
-        )
-        if certificate.values[0] >= value or n == most:
-            return certificate
-
-
 def _certified(certificate: EpisodeCertificate, job: Job, threat: ThreatModel) -> float | None:
     recorded, noise = certificate.provenance, job.recipe.noise
     if certificate.statistic != "mean":
         raise ValueError(f"an attack on the mean return needs a certificate of the mean, got one of the {certificate.statistic}")
     if certificate.noise != noise:
         raise ValueError(f"the certificate is for {certificate.noise}, but the attacked agent uses {noise}")
-    for name in ("policy_hash", "recipe", "deterministic"):
-        if name in recorded and recorded[name] != job.describe()[name]:
-            raise ValueError(f"the certificate is for another agent: its {name} differs")
+    described = plain_data("description of the job", job.describe())  # as the certificate holds it
+    for name in ("policy_hash", "recipe", "code", "deterministic"):
+        if name in recorded and recorded[name] != described[name]:
+            raise ValueError(f"the certificate is for another agent or environment: its {name} differs")
     n_features = int(np.prod(job.recipe.frame_space.shape))
     return certificate.value_at(episode_budget(certificate.noise, threat, horizon=job.recipe.horizon, n_features=n_features))
 
@@ -399,20 +393,38 @@ def _certified(certificate: EpisodeCertificate, job: Job, threat: ThreatModel) -
 def _recorded_job(certificate: EpisodeCertificate, model: Any, env: Any) -> Job:
     recorded = certificate.provenance
     try:
-        recipe = EnvRecipe.from_dict(recorded["recipe"]) if env is None else EnvRecipe.of(env)
         settings = {name: recorded[name] for name in ("seed", "chunk_size", "engine", "deterministic")}
-        policy_hash = recorded["policy_hash"]
+        policy_hash, stated = recorded["policy_hash"], recorded["recipe"]
     except KeyError as error:
         raise CertificateError(f"the certificate does not record how its episodes were made (no {error}); it cannot be replayed") from None
+    if env is None:
+        try:
+            recipe = EnvRecipe.from_dict(stated)
+        except (TypeError, ValueError) as error:
+            raise CertificateError(f"the certificate's environment cannot be rebuilt from the file alone, pass env=: {error}") from None
+    else:
+        recipe = EnvRecipe.of(env)
+        described = plain_data("recipe", recipe.to_dict())
+        if not isinstance(stated, dict) or described != stated:
+            differs = sorted(k for k in described if not isinstance(stated, dict) or stated.get(k) != described[k])
+            raise CertificateError(f"env is not the certified environment: different {', '.join(differs)}")
     if recipe.noise != certificate.noise:
         raise CertificateError(f"the certificate is for {certificate.noise}, but its recipe uses {recipe.noise}")
     policy = PolicyView.of(model, n_frames=recipe.frame_stack)
     if policy.fingerprint() != policy_hash:
         raise CertificateError("the model is not the certified one: its weights have another hash")
-    return make_job(policy, recipe, **settings)
+    try:
+        return make_job(policy, recipe, **settings)
+    except (TypeError, ValueError) as error:
+        raise CertificateError(f"the certificate's record of its episodes cannot be replayed: {error}") from None
 
 
-def _compare_successes(certificate: EpisodeCertificate, returns: Any, chunks: tuple[int, ...]) -> Verification:
+def _same_build(certificate: EpisodeCertificate, job: Job) -> bool:
+    """Whether episodes must come out as recorded to the last bit."""
+    return certificate.provenance.get("versions") == _versions() and certificate.provenance.get("device") == job.policy.device.type
+
+
+def _compare_successes(certificate: EpisodeCertificate, returns: Any, chunks: tuple[int, ...], same_build: bool) -> Verification:
     """Success certificates keep only the count: the replay can test the rate, not the episodes."""
     assert isinstance(certificate.evidence, int)
     threshold = certificate.provenance.get("success_at")
@@ -422,9 +434,9 @@ def _compare_successes(certificate: EpisodeCertificate, returns: Any, chunks: tu
     if len(returns) == certificate.n:
         if wins == certificate.evidence:
             return Verification(certificate, chunks, bit_equal=True)
-        if certificate.provenance.get("versions") == _versions():
+        if same_build:
             raise CertificateError(f"a full replay gives {wins} successes, not the stored {certificate.evidence}")
-    table = [[wins, len(returns) - wins], [certificate.evidence, certificate.n - certificate.evidence]]
+    table = np.array([[wins, len(returns) - wins], [certificate.evidence, certificate.n - certificate.evidence]])
     p_value = float(fisher_exact(table).pvalue)
     if p_value < SAME_LAW_LEVEL:
         raise CertificateError(f"replaying chunks {list(chunks)} gives another rate of success (p = {p_value:.3g})")

@@ -6,6 +6,7 @@ Heavy imports happen inside the commands, so that `robustrl --help` is quick.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -49,6 +50,7 @@ def _common(
 
 
 app_state: dict[str, bool] = {"debug": False}
+INTERRUPTED = 130
 
 
 @app.command()
@@ -175,6 +177,7 @@ def attack(
     certificate = EpisodeCertificate.load(path) if path.exists() else None
     if certificate is not None and certificate.statistic != "mean":
         certificate = None
+    kind = "-stochastic" if stochastic else ""
     reports = [
         attack_policy(
             model,
@@ -188,6 +191,7 @@ def attack(
             deterministic=not stochastic,
             seed=seed,
             n_workers=workers,
+            out=folder / "chunks" / f"attack-{attack_name}-{b:.12g}-threshold{threshold:.12g}-draws{draws}-seed{seed}{kind}",
             progress_bar=True,
         )
         for b in _budgets(budget)
@@ -268,23 +272,21 @@ def demo(
 
 def main() -> None:
     """Entry point: bad input ends in one line on stderr and exit status 2."""
+    if sys.argv[1:] == []:
+        sys.argv.append("--help")
     try:
-        app(standalone_mode=False)
+        status = app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED  # what newer typers return
     except Exception as error:
         if app_state["debug"]:
             raise
-        import click
-
-        if isinstance(error, click.exceptions.Exit):
-            sys.exit(error.exit_code)
-        if isinstance(error, click.ClickException):
-            error.show()
-            sys.exit(2)
-        if isinstance(error, click.exceptions.Abort):
-            _fail("interrupted; finished chunks are kept, run the same command again to go on", 130)
-        _fail(f"{type(error).__name__}: {' '.join(str(error).split())}", 2)
-    except KeyboardInterrupt:
-        _fail("interrupted; finished chunks are kept, run the same command again to go on", 130)
+        # Typer brings a click of its own or uses the installed one; a usage error of either knows its message.
+        text = error.format_message() if hasattr(error, "format_message") else f"{type(error).__name__}: {error}"
+        _fail(" ".join(text.split()), 2)
+    if status == INTERRUPTED:
+        _fail("interrupted; finished chunks of episodes are kept, run the same command again to go on", INTERRUPTED)
+    sys.exit(status if isinstance(status, int) else 0)
 
 
 def _fail(message: str, status: int) -> NoReturn:
@@ -334,7 +336,11 @@ def _noise(sigma: float | None, text: str | None) -> Noise | None:
     kinds = {key.lower(): kind for key, kind in MECHANISMS.items()}
     if name.lower() not in kinds or not rest:
         raise ValueError(f"--noise must be KIND:PARAMETERS with KIND one of {', '.join(kinds)}, got {text!r}")
-    return kinds[name.lower()](*(_number("--noise", part) for part in rest.split(",")))
+    numbers = [_number("--noise", part) for part in rest.split(",")]
+    try:
+        return kinds[name.lower()](*numbers)
+    except TypeError:
+        raise ValueError(f"--noise {text!r}: {name} does not take {len(numbers)} parameter(s)") from None
 
 
 def _budgets(text: str) -> list[float]:
@@ -343,8 +349,8 @@ def _budgets(text: str) -> list[float]:
     parts = text.split(":")
     if len(parts) == 3:
         low, high = _number("--budgets", parts[0]), _number("--budgets", parts[1])
-        if not parts[2].isdigit() or int(parts[2]) < 1:
-            raise ValueError(f"--budgets must be LOW:HIGH:COUNT with an integer COUNT >= 1, got {text!r}")
+        if not math.isfinite(high - low) or not parts[2].isdecimal() or int(parts[2]) < 1:
+            raise ValueError(f"--budgets must be LOW:HIGH:COUNT with finite bounds and an integer COUNT >= 1, got {text!r}")
         # rounded so that 0.6 reads 0.6 and not 0.6000000000000001
         return [float(f"{b:.12g}") for b in np.linspace(low, high, int(parts[2]))]
     if len(parts) != 1:

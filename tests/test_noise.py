@@ -80,7 +80,9 @@ def test_gaussian_two_sided_radius(p_lower: float, p_upper: float, radius: float
     assert Gaussian(1.0).radius(p_lower, p_upper) == pytest.approx(radius, abs=1e-8)
 
 
-@pytest.mark.parametrize(("p", "radius"), [(0.6, 0.22314355), (0.75, 0.69314718), (0.9, 1.60943791), (0.99, 3.91202301), (0.5, 0)])
+@pytest.mark.parametrize(
+    ("p", "radius"), [(0.6, 0.22314355), (0.75, 0.69314718), (0.9, 1.60943791), (0.99, 3.91202301), (0.5, 0)]
+)
 def test_laplace_radius(p: float, radius: float) -> None:
     """-b ln(2 (1 - p)) (Teng et al. 2020)."""
     assert Laplace(1.0).radius(p) == pytest.approx(radius, abs=1e-8)
@@ -227,7 +229,9 @@ def test_slope_is_a_subgradient_everywhere(noise: Noise) -> None:
         assert np.all(line <= noise.lower(q, budget)[None] + 1e-12 * (1 + slope[:, None]))
 
 
-@pytest.mark.parametrize("noise", [Gaussian(0.3), UNEVEN, Uniform(2.0), Splitting(0.1), Laplace(0.7)], ids=lambda noise: noise.scale)
+@pytest.mark.parametrize(
+    "noise", [Gaussian(0.3), UNEVEN, Uniform(2.0), Splitting(0.1), Laplace(0.7)], ids=lambda noise: noise.scale
+)
 @pytest.mark.parametrize("p", [0.500001, 0.6, 0.9, 0.99, 0.9999999])
 def test_radius_is_where_the_worst_case_crosses_one_half(noise: Noise, p: float) -> None:
     radius = noise.radius(p)
@@ -364,7 +368,15 @@ def _threatening_episode(generator: np.random.Generator, norm: float, step: floa
 
 @pytest.mark.parametrize(
     ("norm", "step", "episode"),
-    [(1, STEP, None), (1, None, EPISODE), (1, STEP, EPISODE), (2, STEP, None), (2, None, EPISODE), (2, STEP, EPISODE), (math.inf, STEP, None)],
+    [
+        (1, STEP, None),
+        (1, None, EPISODE),
+        (1, STEP, EPISODE),
+        (2, STEP, None),
+        (2, None, EPISODE),
+        (2, STEP, EPISODE),
+        (math.inf, STEP, None),
+    ],
 )
 def test_no_attacker_within_the_threat_spends_more_than_the_covering_budget(
     norm: float, step: float | None, episode: float | None
@@ -396,7 +408,9 @@ def test_ablation_budget_covers_every_number_of_altered_frames() -> None:
 SHAPE = (20_000, 3)
 
 
-def _draw(noise: Noise, library: str, value: float = 0.3, dtype: str = "float32", shape: tuple[int, ...] = SHAPE, seed: int = 0) -> Any:
+def _draw(
+    noise: Noise, library: str, value: float = 0.3, dtype: str = "float32", shape: tuple[int, ...] = SHAPE, seed: int = 0
+) -> Any:
     if library == "numpy":
         return noise.perturb(np.full(shape, value, dtype=dtype), np.random.default_rng(seed))
     x = torch.full(shape, value, dtype=getattr(torch, dtype))
@@ -454,13 +468,20 @@ def test_per_feature_sigma_runs_along_the_last_axis_and_leaves_zeros_alone(libra
     assert_allclose(y.std(axis=(0, 1))[[0, 2]], [0.5, 2.0], rtol=0.03)
 
 
-@pytest.mark.parametrize("noise", [GAUSSIAN, Gaussian(0.0), UNIFORM, SPLITTING, LAPLACE, Ablation(0.5)], ids=lambda noise: noise.scale)
+@pytest.mark.parametrize(
+    "noise", [GAUSSIAN, Gaussian(0.0), UNIFORM, SPLITTING, LAPLACE, Ablation(0.5)], ids=lambda noise: noise.scale
+)
 @pytest.mark.parametrize(
     ("library", "dtype"),
-    [("numpy", d) for d in ("float16", "float32", "float64")] + [("torch", d) for d in ("bfloat16", "float16", "float32", "float64")],
+    [("numpy", d) for d in ("float16", "float32", "float64")]
+    + [("torch", d) for d in ("bfloat16", "float16", "float32", "float64")],
 )
 def test_frames_keep_shape_and_dtype_and_are_not_written_to(noise: Noise, library: str, dtype: str) -> None:
-    x: Any = np.full((5, 2, 3), 0.25, dtype=dtype) if library == "numpy" else torch.full((5, 2, 3), 0.25, dtype=getattr(torch, dtype))
+    x: Any = (
+        np.full((5, 2, 3), 0.25, dtype=dtype)
+        if library == "numpy"
+        else torch.full((5, 2, 3), 0.25, dtype=getattr(torch, dtype))
+    )
     generator: Any = np.random.default_rng(0) if library == "numpy" else torch.Generator().manual_seed(0)
     y = noise.perturb(x, generator)
     assert y.dtype == x.dtype
@@ -521,7 +542,13 @@ def test_mechanisms_cannot_be_changed_afterwards(noise: Noise) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [{}, {"kind": "Pink", "sigma": 1.0}, {"kind": "Gaussian"}, {"kind": "Gaussian", "sigma": 1.0, "extra": 1}, {"kind": "Uniform", "lam": -1}],
+    [
+        {},
+        {"kind": "Pink", "sigma": 1.0},
+        {"kind": "Gaussian"},
+        {"kind": "Gaussian", "sigma": 1.0, "extra": 1},
+        {"kind": "Uniform", "lam": -1},
+    ],
 )
 def test_unknown_or_wrong_plain_data_is_refused(data: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"noise|lam"):
@@ -582,15 +609,27 @@ def test_bad_parameters_are_refused_by_name(build: Any, name: str, kind: type[Ex
 @pytest.mark.parametrize("method", ["lower", "upper", "slope"])
 @pytest.mark.parametrize(
     ("p", "budget", "name"),
-    [(-0.1, 0.0, "p"), (1.1, 0.0, "p"), (math.nan, 0.0, "p"), (0.5, -1e-9, "budget"), (0.5, math.nan, "budget"), ([0.5, math.nan], 1.0, "p")],
+    [
+        (-0.1, 0.0, "p"),
+        (1.1, 0.0, "p"),
+        (math.nan, 0.0, "p"),
+        (0.5, -1e-9, "budget"),
+        (0.5, math.nan, "budget"),
+        ([0.5, math.nan], 1.0, "p"),
+    ],
 )
-def test_bad_probabilities_and_budgets_never_come_back_as_numbers(noise: Noise, method: str, p: Any, budget: float, name: str) -> None:
+def test_bad_probabilities_and_budgets_never_come_back_as_numbers(
+    noise: Noise, method: str, p: Any, budget: float, name: str
+) -> None:
     with pytest.raises(ValueError, match=rf"^{name} must"):
         getattr(noise, method)(p, budget)
 
 
 @each_mechanism
-@pytest.mark.parametrize(("arguments", "name"), [((1.5,), "p_lower"), ((math.nan,), "p_lower"), ((0.5, -0.1), "p_upper"), ((0.5, math.nan), "p_upper")])
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [((1.5,), "p_lower"), ((math.nan,), "p_lower"), ((0.5, -0.1), "p_upper"), ((0.5, math.nan), "p_upper")],
+)
 def test_bad_class_probabilities_are_refused(noise: Noise, arguments: tuple[float, ...], name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} must"):
         noise.radius(*arguments)
@@ -611,7 +650,9 @@ def test_bad_class_probabilities_are_refused(noise: Noise, arguments: tuple[floa
         ({"n_features": 0}, "n_features", ValueError),
     ],
 )
-def test_bad_threats_are_refused_by_every_mechanism(noise: Noise, change: dict[str, Any], name: str, kind: type[Exception]) -> None:
+def test_bad_threats_are_refused_by_every_mechanism(
+    noise: Noise, change: dict[str, Any], name: str, kind: type[Exception]
+) -> None:
     threat = {"norm": 1, "step": 0.1, "episode": None, "horizon": 5, "n_features": 6, **change}
     with pytest.raises(kind, match=f"^{name} must"):
         noise.covering_budget(**threat)
@@ -642,6 +683,8 @@ def test_per_feature_sigma_refuses_frames_of_another_width() -> None:
         (torch.zeros(2, 3), None, TypeError, "generator must be"),
     ],
 )
-def test_frames_that_cannot_carry_noise_are_refused(noise: Noise, x: Any, generator: Any, kind: type[Exception], message: str) -> None:
+def test_frames_that_cannot_carry_noise_are_refused(
+    noise: Noise, x: Any, generator: Any, kind: type[Exception], message: str
+) -> None:
     with pytest.raises(kind, match=message):
         noise.perturb(x, generator)

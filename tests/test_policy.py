@@ -21,6 +21,7 @@ from robustrl.envs import make_vec_env
 from robustrl.noise import Gaussian
 from robustrl.policy import PolicyView, fold_frames, frame_shape, push_frame, start_stack
 
+
 def _model(algorithm: Any, env: Any = None, **kwargs: Any) -> Any:
     env = gym.make("CartPole-v1") if env is None else env
     return algorithm("MlpPolicy", env, policy_kwargs={"net_arch": [16, 16]}, device="cpu", seed=0, **kwargs)
@@ -356,12 +357,28 @@ def test_policies_that_compute_something_else_are_refused() -> None:
         (lambda: _linear([[1.0]], kind="softmax"), ValueError, "^kind must be one of 'logits', 'q'"),
         (lambda: _linear([[1.0]], n_frames=0), ValueError, "^n_frames must be"),
         (lambda: _linear([[1.0, 2.0, 3.0]], n_frames=2), ValueError, "cannot hold 2 stacked frames"),
-        (lambda: PolicyView(nn.Linear(1, 2), kind="q", observation_shape=(1,), exploration=1.1), ValueError, "^exploration must be"),
-        (lambda: PolicyView(nn.Linear(1, 2), kind="q", observation_shape=(1,), exploration=math.nan), ValueError, "^exploration must be"),
+        (
+            lambda: PolicyView(nn.Linear(1, 2), kind="q", observation_shape=(1,), exploration=1.1),
+            ValueError,
+            "^exploration must be",
+        ),
+        (
+            lambda: PolicyView(nn.Linear(1, 2), kind="q", observation_shape=(1,), exploration=math.nan),
+            ValueError,
+            "^exploration must be",
+        ),
         (lambda: PolicyView(nn.Flatten(0), kind="q", observation_shape=(4,)), ValueError, "must map .* to scores"),
-        (lambda: PolicyView.of(_linear([[1.0, 2.0]]), n_frames=2), ValueError, r"stacks 1 frame\(s\), but the environment recipe stacks 2"),
+        (
+            lambda: PolicyView.of(_linear([[1.0, 2.0]]), n_frames=2),
+            ValueError,
+            r"stacks 1 frame\(s\), but the environment recipe stacks 2",
+        ),
         (lambda: _linear([[1.0]]).value(torch.zeros(1, 1)), ValueError, "pass critic="),
-        (lambda: _linear([[1.0]], kind="q").distribution(torch.zeros(1, 1)), ValueError, "action values define no distribution"),
+        (
+            lambda: _linear([[1.0]], kind="q").distribution(torch.zeros(1, 1)),
+            ValueError,
+            "action values define no distribution",
+        ),
         (lambda: _linear([[1.0]]).actions(torch.zeros(1, 1), deterministic=False), ValueError, "^uniforms must be given"),
         (lambda: _linear([[1.0]]).act_blocked(torch.zeros(1, 1, 1), batch=0), ValueError, "^batch must be"),
         (

@@ -13,7 +13,10 @@ STREAMS = ("environment", "noise", "attacker", "policy")
 
 def test_every_stream_of_every_chunk_under_every_root_is_different() -> None:
     states = {
-        integer_seed(getattr(chunk_seeds(seed, chunk), stream)) for seed in range(5) for chunk in range(20) for stream in STREAMS
+        integer_seed(getattr(chunk_seeds(seed, chunk), stream))
+        for seed in range(5)
+        for chunk in range(20)
+        for stream in STREAMS
     }
     assert len(states) == 5 * 20 * len(STREAMS)
 

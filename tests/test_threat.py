@@ -206,7 +206,13 @@ def test_a_threat_model_is_plain_data_and_compares_by_value() -> None:
     threat = ThreatModel(norm=2.0, episode=1, step=np.float32(0.5), mask=[True, False])  # type: ignore[arg-type]
     assert threat == ThreatModel(norm=2, step=0.5, episode=1.0, mask=(True, False))
     assert hash(threat) == hash(ThreatModel(norm=2, step=0.5, episode=1.0, mask=(True, False)))
-    assert json.loads(json.dumps(threat.to_dict())) == {"norm": 2, "step": 0.5, "episode": 1.0, "units": "raw", "mask": [True, False]}
+    assert json.loads(json.dumps(threat.to_dict())) == {
+        "norm": 2,
+        "step": 0.5,
+        "episode": 1.0,
+        "units": "raw",
+        "mask": [True, False],
+    }
     assert ThreatModel(norm=math.inf, step=0.1).to_dict()["norm"] == "inf"
     assert repr(ThreatModel(norm=2, episode=0.6)) == "ThreatModel(norm=2, step=None, episode=0.6, units='raw', mask=None)"
 
@@ -265,5 +271,5 @@ def test_frames_that_cannot_be_compared_are_refused(clean: np.ndarray, delivered
 
 @pytest.mark.parametrize("n", [0, -1, 2.0, True])
 def test_a_ledger_needs_at_least_one_slot(n: Any) -> None:
-    with pytest.raises((ValueError, TypeError), match="^n_slots must be an integer"):
+    with pytest.raises((ValueError, TypeError), match=r"^n_slots must be an integer"):
         Ledger(ThreatModel(norm=2, episode=1.0), n)

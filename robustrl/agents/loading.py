@@ -7,13 +7,17 @@ matched against a list of known names. What cannot be rebuilt ends in an error t
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import io
 import json
 import os
 import pickle
 import re
+import struct
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +29,21 @@ from robustrl.errors import UnsafeModelError
 
 ALGORITHMS = ("ppo", "a2c", "dqn")
 
+_ACTIVATIONS = ("Tanh", "ReLU", "ELU", "LeakyReLU", "GELU", "SiLU", "Sigmoid", "Softplus", "Mish")
+_OPTIMIZERS = ("Adam", "AdamW", "SGD", "RMSprop")
 _CLASSES: dict[str, type] = {
     f"{kind.__module__}.{kind.__qualname__}": kind
-    for kind in (
-        *(getattr(torch.nn.modules.activation, n) for n in ("Tanh", "ReLU", "ELU", "LeakyReLU", "GELU", "SiLU", "Sigmoid", "Softplus", "Mish")),
-        *(getattr(torch.optim, n) for n in ("Adam", "AdamW", "SGD", "RMSprop")),
-    )
+    for kind in (*(getattr(torch.nn, n) for n in _ACTIVATIONS), *(getattr(torch.optim, n) for n in _OPTIMIZERS))
 }
+_SB3_CLASSES = (
+    "stable_baselines3.common.torch_layers.FlattenExtractor",
+    "stable_baselines3.common.torch_layers.NatureCNN",
+    "stable_baselines3.common.sb2_compat.rmsprop_tf_like.RMSpropTFLike",
+)
+"""Imported when a file names them."""
+
+_UNFIT = (RuntimeError, KeyError, ValueError, TypeError, AttributeError, AssertionError, IndexError, EOFError, OSError, struct.error)
+"""What building a network from contradictory text, or reading a damaged weights file, can end in."""
 
 
 def algorithm_class(name: str) -> Any:
@@ -60,7 +72,8 @@ def load_model(
     Args:
         path: the zip.
         algo: "ppo", "a2c" or "dqn"; default what the file says.
-        policy_kwargs: how the network is built; default what the file says, as far as it is plain text.
+        policy_kwargs: how the network is built; default what the file says, as far as it is plain text. Classes may be
+            given by name, e.g. {"activation_fn": "ReLU"}.
         trust: load the pickles in the file as SB3 does. Only for files whose origin you know: they run code.
         device: torch device, or "auto".
     Returns:
@@ -77,25 +90,29 @@ def load_model(
     data = _read_data(path, content)
     kind = algorithm_class(algo or _guess_algorithm(path, data))
     if trust:
-        return kind.load(io.BytesIO(content), device=device)
+        return kind.load(io.BytesIO(content), device=device, custom_objects=_given(path, policy_kwargs))
     objects = _rebuild(path, data, kind, policy_kwargs)
     try:
         return kind.load(io.BytesIO(content), device=device, custom_objects=objects)
     except pickle.UnpicklingError as error:
-        raise UnsafeModelError(f"{path}: a weights file holds more than tensors, loading refused ({str(error).splitlines()[0]})") from None
-    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        raise UnsafeModelError(f"{path}: a weights file holds more than tensors, loading refused ({_first_line(error)})") from None
+    except _UNFIT as error:
         raise UnsafeModelError(
             f"{path}: the weights do not fit the network rebuilt as {kind.__name__} with policy_kwargs "
             f"{objects.get('policy_kwargs', data.get('policy_kwargs'))}; pass --algo / --policy-kwargs (algo=, policy_kwargs=), "
-            f"or --trust for a file of your own ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            f"or --trust for a file of your own ({_first_line(error)})"
         ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _read_data(path: Path, content: bytes) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             data = json.loads(archive.read("data").decode())
-    except (zipfile.BadZipFile, KeyError, ValueError, zipfile.LargeZipFile) as error:
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, KeyError, ValueError, RuntimeError, OSError, EOFError, struct.error) as error:
         raise ValueError(f"{path} is not a Stable-Baselines3 model file ({error})") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} is not a Stable-Baselines3 model file (its data is no object)")
@@ -121,11 +138,10 @@ def _rebuild(path: Path, data: dict[str, Any], kind: Any, policy_kwargs: dict[st
     objects["policy_class"] = _policy_class(path, kind, pickled.get("policy_class"))
     objects["env"] = None
     if policy_kwargs is not None:
-        objects["policy_kwargs"] = dict(policy_kwargs)
+        objects |= _given(path, policy_kwargs)
     elif "policy_kwargs" in pickled:
-        objects["policy_kwargs"] = {
-            key: _known_text(path, key, value) for key, value in pickled["policy_kwargs"].items() if not key.startswith(":")
-        }
+        text = {key: value for key, value in pickled["policy_kwargs"].items() if not key.startswith(":")}
+        objects["policy_kwargs"] = {key: _known_text(path, key, value) for key, value in text.items()}
     for key in pickled.keys() & {"clip_range", "lr_schedule", "learning_rate"}:
         match = re.search(r"ConstantSchedule\(val=([-+.\de]+)\)", str(pickled[key].get("value_schedule", "")))
         if match is None and key == "learning_rate":
@@ -157,9 +173,11 @@ def _action_space(path: Path, text: dict[str, Any]) -> spaces.Discrete:
 
 def _policy_class(path: Path, kind: Any, text: Any) -> Any:
     """The policy class among SB3's own whose module and documentation SB3 stored as text."""
-    known = {policy.__doc__: policy for policy in kind.policy_aliases.values()}
-    if isinstance(text, dict) and text.get("__doc__") in known:
-        return known[text["__doc__"]]
+    if isinstance(text, dict) and isinstance(text.get("__doc__"), str):
+        for policy in kind.policy_aliases.values():
+            # Python 3.13 strips the indentation of docstrings that older versions keep.
+            if policy.__module__ == text.get("__module__") and inspect.getdoc(policy) == inspect.cleandoc(text["__doc__"]):
+                return policy
     raise UnsafeModelError(f"{path}: its policy class is not one of {kind.__name__}'s own; pass the right --algo, or --trust for a file of your own")
 
 
@@ -169,7 +187,22 @@ def _known_text(path: Path, key: str, value: Any) -> Any:
     match = re.fullmatch(r"<class '([\w.]+)'>", value)
     if match and match.group(1) in _CLASSES:
         return _CLASSES[match.group(1)]
+    if match and match.group(1) in _SB3_CLASSES:
+        module, _, name = match.group(1).rpartition(".")
+        return getattr(importlib.import_module(module), name)
     raise UnsafeModelError(
         f"{path}: policy_kwargs[{key!r}] = {value!r} is stored as a pickle and is not a known name; "
         "pass --policy-kwargs (policy_kwargs=), or --trust for a file of your own"
     )
+
+
+def _given(path: Path, policy_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """The caller's policy_kwargs, with classes by name resolved, as SB3's `custom_objects`."""
+    if policy_kwargs is None:
+        return {}
+    names = {name.rpartition(".")[2]: f"<class '{name}'>" for name in (*_CLASSES, *_SB3_CLASSES)}
+    resolved = {
+        key: _known_text(path, key, names.get(value.rpartition(".")[2], value)) if isinstance(value, str) else value
+        for key, value in policy_kwargs.items()
+    }
+    return {"policy_kwargs": resolved}

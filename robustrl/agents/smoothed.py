@@ -69,9 +69,9 @@ class SmoothedAgent:
         Returns:
             actions (n,) or a scalar array, and the new state.
         Raises:
-            ValueError: if the frame's shape is wrong or it is not finite.
+            ValueError: if the shape of frames or state is wrong, or a frame is not finite.
         """
-        frames = np.asarray(observation)
+        frames = np.array(observation)  # a copy: environments may hand out read-only or strided arrays
         single = frames.shape == self.policy.frame_shape
         if single:
             frames = frames[None]
@@ -85,10 +85,14 @@ class SmoothedAgent:
         if state is None:
             stack = fresh
         else:
+            if state[0].shape != tuple(fresh.shape):
+                raise ValueError(f"state holds frame stacks of shape {state[0].shape}, but the observation needs {tuple(fresh.shape)}")
             stack = push_frame(torch.from_numpy(state[0]).to(seen.device), seen)
             if episode_start is not None:
-                starts = torch.as_tensor(np.atleast_1d(episode_start).astype(bool), device=seen.device)
-                stack[starts] = fresh[starts]
+                starts = np.atleast_1d(episode_start).astype(bool)
+                if starts.shape != (len(frames),):
+                    raise ValueError(f"episode_start must have shape ({len(frames)},), got {starts.shape}")
+                stack[torch.from_numpy(starts)] = fresh[torch.from_numpy(starts)]
         uniforms = None
         if not deterministic:
             uniforms = torch.rand(len(frames), 2, generator=self._action_generator, device=seen.device)

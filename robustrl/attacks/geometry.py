@@ -8,7 +8,8 @@ from torch import Tensor
 
 def row_norms(delta: Tensor) -> Tensor:
     """l2 norm of every row, float64; (n, *frame) -> (n,)."""
-    return torch.linalg.vector_norm(delta.double().flatten(1), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(delta.double().flatten(1), dim=1)
+    return norms
 
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:

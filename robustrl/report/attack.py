@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustrl.errors import CertificateViolationError
+from robustrl.errors import CertificateViolationError, check_alpha, check_finite_array, check_real
 from robustrl.files import write_atomically
 
 SCHEMA = 1
@@ -87,14 +87,18 @@ class AttackReport:
         """Rebuild a report.
 
         Raises:
-            ValueError: if fields are missing.
+            ValueError: if fields are missing or not numbers.
+            CertificateViolationError: if its attack undercuts its certificate.
         """
         try:
-            arrays = {name: np.asarray(data[name], dtype=np.float64) for name in ("clean", "returns", "spent")}
-            upper = math.inf if data["upper"] is None else float(data["upper"])
-            return cls(attack=data["attack"], threat=data["threat"], upper=upper, alpha=data["alpha"], certified=data["certified"], **arrays)
-        except (KeyError, TypeError) as error:
+            arrays = {name: check_finite_array(name, data[name], ndim=1) for name in ("clean", "returns", "spent")}
+            upper = math.inf if data["upper"] is None else check_real("upper", data["upper"])
+            certified = None if data["certified"] is None else check_real("certified", data["certified"])
+            alpha, attack, threat = check_alpha(data["alpha"]), dict(data["attack"]), dict(data["threat"])
+            attack["kind"], threat["episode"], threat["step"]  # what tables and figures read
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not an attack report: {error}") from None
+        return cls(attack=attack, threat=threat, upper=upper, alpha=alpha, certified=certified, **arrays)
 
 
 def attack_table(reports: list[AttackReport]) -> str:

@@ -44,7 +44,7 @@ def certificate_figure(certificate: EpisodeCertificate, reports: list[AttackRepo
         line = ax.plot([0, *budgets], [clean, *means], "s-", color="tab:red", label=f"best attack ({names})")[0]
         if np.isfinite(upper).all():
             ax.fill_between(budgets, means, upper, color=line.get_color(), alpha=0.2, linewidth=0, label=f"its {100 * (1 - strongest[budgets[0]].alpha):g}% upper bound")
-    ax.set_ylim(bottom=min(0.0, float(np.nanmin(certificate.values))))
+    ax.set_ylim(bottom=float(np.nanmin([0.0, *certificate.values])))
     ax.grid(alpha=0.3)
     ax.legend(loc="lower left")
     if title:

@@ -29,9 +29,10 @@ def log_certificate(
         reports: attacks to draw beside it.
         hparams: hyper-parameters; values that are not numbers, text or booleans are written as text.
     """
-    from torch.utils.tensorboard import SummaryWriter
-    from torch.utils.tensorboard.summary import hparams as hparams_summary
+    from torch.utils.tensorboard import SummaryWriter, summary
 
+    # SummaryWriter.add_hparams would open a second run; the three summaries alone stay in this one.
+    hparams_summary: Any = summary.hparams
     writer: Any = SummaryWriter(os.fspath(folder))
     try:
         finite = np.isfinite(certificate.values)
@@ -42,9 +43,8 @@ def log_certificate(
             writer.add_scalar(f"attack/budget_{report.budget:g}", report.mean)
         writer.add_figure("certificate", _on_canvas(certificate_figure(certificate, reports)))
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in (hparams or {}).items()}
-        # SummaryWriter.add_hparams would open a second run; the three summaries alone stay in this one.
-        for summary in hparams_summary(plain, metrics):
-            writer._get_file_writer().add_summary(summary)
+        for part in hparams_summary(plain, metrics):
+            writer._get_file_writer().add_summary(part)
     finally:
         writer.close()
 

@@ -55,12 +55,24 @@ class RunInfo:
             if data.pop("schema") != SCHEMA:
                 raise ValueError("unknown schema")
             run = cls(**data)
-            EnvRecipe.from_dict(run.recipe)
-            return run
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: {error}") from None
+        kinds = {"algo": str, "recipe": dict, "seed": int, "timesteps": int, "hyperparameters": dict, "versions": dict}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(run, name), kind):
+                raise ValueError(f"{path} is damaged: {name} must be {kind.__name__}, got {getattr(run, name)!r}")
+        return run
 
     @property
     def env(self) -> EnvRecipe:
-        """The environment it was trained in."""
+        """The environment it was trained in.
+
+        Raises:
+            ValueError: if it used a factory or wrappers, which `run.json` can name but not hold, or its id is not registered.
+        """
         return EnvRecipe.from_dict(self.recipe)
+
+    @property
+    def self_contained(self) -> bool:
+        """Whether the environment can be rebuilt from the file alone."""
+        return self.recipe.get("factory") is None and not self.recipe.get("wrappers")

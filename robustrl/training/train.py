@@ -61,7 +61,8 @@ def train(
     preset = preset_for(recipe.env_id)
     steps = check_count("timesteps", preset.timesteps if timesteps is None else timesteps)
     arguments = {**getattr(preset, algo), **(hyperparameters or {})}
-    venv = make_vec_env(recipe, n_envs or preset.env.get("n_envs", 1), seed=check_count("seed", seed, least=0))
+    side_by_side = preset.env.get("n_envs", 1) if n_envs is None else n_envs
+    venv = make_vec_env(recipe, side_by_side, seed=check_count("seed", seed, least=0))
     model = kind("MlpPolicy", venv, seed=seed, verbose=verbose, **arguments)
     folder.mkdir(parents=True, exist_ok=True)
     # A logger of our own writes into tb/ itself, so that the certificate joins the same TensorBoard run.
@@ -69,9 +70,9 @@ def train(
     # Networks this small only lose time to a second thread, and the weights would depend on the number of threads.
     with one_thread():
         model.learn(steps, progress_bar=progress_bar)
-    save_model(model, folder / "model.zip")
     versions = {name: version(name) for name in LIBRARIES}
     RunInfo(algo, recipe.to_dict(), int(seed), steps, arguments, versions).save(folder)
+    save_model(model, folder / "model.zip")  # last: a folder with a model is complete
     venv.close()
     return model
 

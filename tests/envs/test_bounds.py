@@ -94,11 +94,16 @@ def test_cartpole_earliest_end_by_brute_force_over_actions_and_corners() -> None
 
 def test_bounds_of_cartpole() -> None:
     assert known_return_bounds(EnvRecipe(env_id="CartPole-v1")) == (8.0, 500.0)
-    assert known_return_bounds(EnvRecipe(env_id="CartPole-v1", max_episode_steps=200, noise=Gaussian(0.2), frame_stack=5)) == (8.0, 200.0)
+    assert known_return_bounds(EnvRecipe(env_id="CartPole-v1", max_episode_steps=200, noise=Gaussian(0.2), frame_stack=5)) == (
+        8.0,
+        200.0,
+    )
     assert known_return_bounds(EnvRecipe(env_id="CartPole-v1", max_episode_steps=5)) == (5.0, 5.0)
 
 
-@pytest.mark.parametrize(("env_id", "horizon"), [("Acrobot-v1", 500), ("MountainCar-v0", 200), ("Acrobot-v1", 30), ("CartPole-v1", 500)])
+@pytest.mark.parametrize(
+    ("env_id", "horizon"), [("Acrobot-v1", 500), ("MountainCar-v0", 200), ("Acrobot-v1", 30), ("CartPole-v1", 500)]
+)
 def test_no_behaviour_leaves_the_bounds(env_id: str, horizon: int) -> None:
     low, high = known_return_bounds(EnvRecipe(env_id=env_id, max_episode_steps=horizon))
     assert low is not None
@@ -148,8 +153,8 @@ def test_a_name_is_not_a_proof(env_id: str) -> None:
     gym.register(env_id, entry_point=Negative, max_episode_steps=500)
     try:
         assert known_return_bounds(EnvRecipe(env_id=env_id)) == (None, None)
-        gym.register(env_id + "1", entry_point="gymnasium.envs.classic_control.cartpole:CartPoleEnv", max_episode_steps=500,
-                     kwargs={"sutton_barto_reward": True})  # fmt: skip
+        original = "gymnasium.envs.classic_control.cartpole:CartPoleEnv"
+        gym.register(env_id + "1", entry_point=original, max_episode_steps=500, kwargs={"sutton_barto_reward": True})
         assert known_return_bounds(EnvRecipe(env_id=env_id + "1")) == (None, None)
     finally:
         registry.pop(env_id)

@@ -115,7 +115,10 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: noisy(wrappers.FrameStackObservation(cartpole(), 4)),
         f"noise after frame stacking in .*FrameStackObservation -> NoiseObservation: .*{RIGHT_ORDER}",
     ),
-    "noise after a subclass of it": (lambda: noisy(MyStack(cartpole(), 4)), "noise after frame stacking in .*MyStack -> NoiseObservation"),
+    "noise after a subclass of it": (
+        lambda: noisy(MyStack(cartpole(), 4)),
+        "noise after frame stacking in .*MyStack -> NoiseObservation",
+    ),
     "noise after a stack further in": (
         lambda: noisy(wrappers.TransformReward(wrappers.FrameStackObservation(cartpole(), 4), identity)),
         "noise after frame stacking",
@@ -124,7 +127,10 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: vector.NoiseObservation(sync(lambda: wrappers.FrameStackObservation(cartpole(), 4)), NOISE),
         "noise after frame stacking in .*FrameStackObservation -> SyncVectorEnv -> NoiseObservation",
     ),
-    "noise after sb3's stack": (lambda: sb3.NoiseObservation(VecFrameStack(dummy(), 4), NOISE), "noise after frame stacking in .*VecFrameStack"),
+    "noise after sb3's stack": (
+        lambda: sb3.NoiseObservation(VecFrameStack(dummy(), 4), NOISE),
+        "noise after frame stacking in .*VecFrameStack",
+    ),
     "noise after our stack": (lambda: sb3.NoiseObservation(sb3.FrameStack(dummy(), 4), NOISE), "noise after frame stacking"),
     # the attacker would see the noise
     "attack outside noise": (
@@ -132,14 +138,20 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         f"attack outside the noise in .*NoiseObservation -> Attack: .*{RIGHT_ORDER}",
     ),
     "one attack inside, one outside": (lambda: Attack(noisy(Attack(cartpole()))), "attack outside the noise"),
-    "attack outside noise, vector": (lambda: VectorAttack(vector.NoiseObservation(sync(), NOISE)), "attack outside the noise in .*VectorAttack"),
+    "attack outside noise, vector": (
+        lambda: VectorAttack(vector.NoiseObservation(sync(), NOISE)),
+        "attack outside the noise in .*VectorAttack",
+    ),
     # statistics that still move leak clean observations
     "trainable VecNormalize outside": (
         lambda: VecNormalize(sb3.NoiseObservation(dummy(), NOISE)),
         r"VecNormalize still updates its statistics.*freeze it \(training=False",
     ),
     "trainable VecNormalize inside": (lambda: sb3.NoiseObservation(VecNormalize(dummy()), NOISE), "VecNormalize still updates"),
-    "trainable NormalizeObservation": (lambda: noisy(wrappers.NormalizeObservation(cartpole())), "NormalizeObservation still updates"),
+    "trainable NormalizeObservation": (
+        lambda: noisy(wrappers.NormalizeObservation(cartpole())),
+        "NormalizeObservation still updates",
+    ),
     "trainable vector NormalizeObservation": (
         lambda: vector.NoiseObservation(vector_wrappers.NormalizeObservation(sync()), NOISE),
         "NormalizeObservation still updates",
@@ -187,10 +199,19 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: VecMonitor(VecNormalize(dummy(), training=False, norm_obs=False)),
         "VecNormalize changes rewards inside the return monitor",
     ),
-    "life loss inside the monitor": (lambda: Monitor(_episodic_life()), "EpisodicLifeEnv changes rewards inside the return monitor"),
+    "life loss inside the monitor": (
+        lambda: Monitor(_episodic_life()),
+        "EpisodicLifeEnv changes rewards inside the return monitor",
+    ),
     # and the rest
-    "no finite horizon": (lambda: noisy(endless()), "no finite horizon: wrap it in gymnasium.wrappers.TimeLimit or pass max_episode_steps="),
-    "two noises": (lambda: noisy(noisy(cartpole())), "two noise wrappers in .*NoiseObservation -> NoiseObservation: .*keep one"),
+    "no finite horizon": (
+        lambda: noisy(endless()),
+        "no finite horizon: wrap it in gymnasium.wrappers.TimeLimit or pass max_episode_steps=",
+    ),
+    "two noises": (
+        lambda: noisy(noisy(cartpole())),
+        "two noise wrappers in .*NoiseObservation -> NoiseObservation: .*keep one",
+    ),
     "two noises in two layers": (lambda: sb3.NoiseObservation(dummy(lambda: noisy(cartpole())), NOISE), "two noise wrappers"),
     "odd one out": (
         lambda: DummyVecEnv([cartpole, lambda: Attack(cartpole())]),
@@ -246,7 +267,9 @@ def test_vector_wrappers_between_host_and_environments_are_not_skipped() -> None
 
 def test_environments_in_other_processes_cannot_be_vouched_for() -> None:
     hidden = AsyncVectorEnv.__new__(AsyncVectorEnv)
-    with pytest.raises(ChainError, match="AsyncVectorEnv runs its environments in other processes.*use DummyVecEnv / SyncVectorEnv"):
+    with pytest.raises(
+        ChainError, match=r"AsyncVectorEnv runs its environments in other processes.*use DummyVecEnv / SyncVectorEnv"
+    ):
         layers_of(hidden)
     with pytest.raises(ChainError, match="SubprocVecEnv runs its environments in other processes"):
         layers_of(SubprocVecEnv.__new__(SubprocVecEnv))
@@ -254,7 +277,7 @@ def test_environments_in_other_processes_cannot_be_vouched_for() -> None:
 
 @pytest.mark.parametrize("env", [None, 3, "CartPole-v1", gym.Env])
 def test_what_is_not_an_environment_is_a_type_error(env: Any) -> None:
-    with pytest.raises(TypeError, match="^env must be a gymnasium Env or VectorEnv or an SB3 VecEnv"):
+    with pytest.raises(TypeError, match=r"^env must be a gymnasium Env or VectorEnv or an SB3 VecEnv"):
         check_chain(env)
 
 

@@ -154,7 +154,9 @@ def test_only_boxes_with_an_axis_can_be_stacked() -> None:
 # ----------------------------------------------------------------- why noise must come before the stack: a simulation
 
 
-def _success_under_attack(order: str, *, budget: float = 0.5, k: int = 4, p: float = 0.95, horizon: int = 12, n: int = 60_000) -> float:
+def _success_under_attack(
+    order: str, *, budget: float = 0.5, k: int = 4, p: float = 0.95, horizon: int = 12, n: int = 60_000
+) -> float:
     """Success of the most sensitive policy when an attacker spends its budget on frames that are shown k times.
 
     The true frames are zero. The policy adds up everything it is ever shown of the attacked frames and succeeds if the

@@ -31,7 +31,9 @@ class Still(gym.Env[np.ndarray, np.int64]):
     """The true frame is always zero, so what a wrapper shows is its noise; episodes last LENGTH steps."""
 
     def __init__(self, shape: tuple[int, ...] = (2,), dtype: Any = np.float32, value: float = 0.0) -> None:
-        self.observation_space = spaces.Box(-1, 1, shape, dtype) if np.dtype(dtype).kind == "f" else spaces.Box(0, 255, shape, dtype)
+        self.observation_space = (
+            spaces.Box(-1, 1, shape, dtype) if np.dtype(dtype).kind == "f" else spaces.Box(0, 255, shape, dtype)
+        )
         self.action_space = spaces.Discrete(2)
         self._frame = np.full(shape, value, dtype)
 
@@ -108,7 +110,9 @@ def test_every_frame_including_final_ones_carries_noise_of_its_own(host: str) ->
         assert abs(np.mean(both[:, 0] * both[:, 1])) / SIGMA**2 < 4 / math.sqrt(2 * len(both))
 
 
-@pytest.mark.parametrize("noise", [NOISE, Uniform(0.2), Laplace(0.2), Splitting(0.7, low=-5, high=5), Ablation(0.7)], ids=lambda n: n.scale)
+@pytest.mark.parametrize(
+    "noise", [NOISE, Uniform(0.2), Laplace(0.2), Splitting(0.7, low=-5, high=5), Ablation(0.7)], ids=lambda n: n.scale
+)
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_both_environment_checkers_accept_the_wrapper(noise: Noise) -> None:
     env = NoiseObservation(gym.make("CartPole-v1"), noise)
@@ -240,7 +244,9 @@ def test_without_a_seed_the_noise_goes_on_over_a_reset() -> None:
 def test_noise_keeps_its_size_in_stable_baselines_vector_env_and_replay_buffer() -> None:
     """An integer space would cut fractions off and wrap around 0 and 255 here; the declared float32 space does not."""
     frames = add_noise(DummyVecEnv([lambda: Still((12, 12, 1), value=0.02)]), Gaussian(0.1))
-    model = DQN("MlpPolicy", frames, buffer_size=600, learning_starts=10_000, policy_kwargs={"net_arch": [4]}, device="cpu", seed=0)
+    model = DQN(
+        "MlpPolicy", frames, buffer_size=600, learning_starts=10_000, policy_kwargs={"net_arch": [4]}, device="cpu", seed=0
+    )
     model.learn(600)
     buffer = model.replay_buffer
     assert buffer is not None
@@ -262,18 +268,20 @@ def test_integer_observation_spaces_are_refused(host: str, dtype: Any) -> None:
     def make() -> Still:
         return Still((4, 4, 1), dtype)
 
+    env: Any = SyncVectorEnv([make]) if host == "vector" else DummyVecEnv([make]) if host == "sb3" else make()
+    wrap: Any = {
+        "vector": vector.NoiseObservation,
+        "sb3": sb3.NoiseObservation,
+        "single": NoiseObservation,
+        "add_noise": add_noise,
+    }
     with pytest.raises(ChainError, match=f"float observation space, got {np.dtype(dtype)}.*convert to float and scale before"):
-        if host == "vector":
-            vector.NoiseObservation(SyncVectorEnv([make]), NOISE)
-        elif host == "sb3":
-            sb3.NoiseObservation(DummyVecEnv([make]), NOISE)
-        else:
-            (NoiseObservation if host == "single" else add_noise)(make(), NOISE)
+        wrap[host](env, NOISE)
 
 
 @pytest.mark.parametrize("noise", [0.2, None, "gaussian", Gaussian], ids=str)
 def test_what_is_not_a_mechanism_is_refused(noise: Any) -> None:
-    with pytest.raises(TypeError, match="^noise must be a robustrl noise mechanism"):
+    with pytest.raises(TypeError, match=r"^noise must be a robustrl noise mechanism"):
         NoiseObservation(Still(), noise)
 
 
@@ -284,7 +292,7 @@ def test_observations_that_are_not_a_box_are_refused() -> None:
 
 @pytest.mark.parametrize("env", [None, "CartPole-v1", 3, gym.Env])
 def test_add_noise_refuses_what_is_not_an_environment(env: Any) -> None:
-    with pytest.raises(TypeError, match="^env must be a gymnasium Env or VectorEnv or an SB3 VecEnv"):
+    with pytest.raises(TypeError, match=r"^env must be a gymnasium Env or VectorEnv or an SB3 VecEnv"):
         add_noise(env, NOISE)
 
 

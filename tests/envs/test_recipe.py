@@ -112,7 +112,9 @@ def test_facts_of_a_recipe_are_those_of_the_clean_environment() -> None:
 
 
 def test_wrappers_are_applied_innermost_first_outside_the_monitor() -> None:
-    recipe = EnvRecipe(factory=Endless, max_episode_steps=4, wrappers=(Tripled, partial(wrappers.TransformReward, func=lambda r: r + 1)))
+    recipe = EnvRecipe(
+        factory=Endless, max_episode_steps=4, wrappers=(Tripled, partial(wrappers.TransformReward, func=lambda r: r + 1))
+    )
     env = recipe.base_env(inner=Monitor)
     env.reset()
     for _ in range(3):
@@ -137,7 +139,9 @@ def test_a_second_noise_is_refused_the_same_one_is_not() -> None:
     vec_env = make_vec_env("CartPole-v1", noise=NOISE)
     assert EnvRecipe.of(vec_env, noise=Gaussian(0.2)).noise == NOISE
     for env in (vec_env, EnvRecipe(env_id="CartPole-v1", noise=NOISE)):
-        with pytest.raises(ChainError, match=r"two noises: the environment already adds Gaussian\(sigma=0.2\), noise=Gaussian\(sigma=0.3\)"):
+        with pytest.raises(
+            ChainError, match=r"two noises: the environment already adds Gaussian\(sigma=0.2\), noise=Gaussian\(sigma=0.3\)"
+        ):
             EnvRecipe.of(env, noise=Gaussian(0.3))
     with pytest.raises(ChainError, match="two noise wrappers"):
         make_vec_env(lambda: add_noise(gym.make("CartPole-v1"), NOISE), noise=NOISE)
@@ -194,9 +198,11 @@ def test_wrappers_cannot_be_rebuilt_from_files() -> None:
         EnvRecipe.from_dict(stored)
 
 
-@pytest.mark.parametrize("data", [{}, {"env_id": "CartPole-v1", "colour": "red"}, {"env_id": "CartPole-v1", "noise": {"kind": "Pink"}}])
+@pytest.mark.parametrize(
+    "data", [{}, {"env_id": "CartPole-v1", "colour": "red"}, {"env_id": "CartPole-v1", "noise": {"kind": "Pink"}}]
+)
 def test_damaged_plain_data_is_refused(data: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="recipe|noise kind"):
+    with pytest.raises(ValueError, match=r"recipe|noise kind"):
         EnvRecipe.from_dict(data)
 
 
@@ -232,7 +238,11 @@ def test_an_endless_environment_is_refused() -> None:
         (lambda: EnvRecipe.of(add_noise(gym.make("CartPole-v1"), NOISE).spec), ChainError, "lists wrappers"),
         (lambda: EnvRecipe(env_id="FrozenLake-v1").frame_space, TypeError, "FrozenLake-v1: observations must be a Box space"),
         (lambda: EnvRecipe(env_id="FrozenLake-v1", noise=NOISE).horizon, TypeError, "noise needs a Box observation space"),
-        (lambda: EnvRecipe(factory=Grey, max_episode_steps=5, noise=NOISE).horizon, ChainError, "float observation space, got uint8"),
+        (
+            lambda: EnvRecipe(factory=Grey, max_episode_steps=5, noise=NOISE).horizon,
+            ChainError,
+            "float observation space, got uint8",
+        ),
         (lambda: make_vec_env("CartPole-v1", 0), ValueError, "^n_envs must be"),
         (lambda: make_vec_env("CartPole-v1", True), TypeError, "^n_envs must be"),
         (lambda: make_vec_env("CartPole-v1", noise="loud"), TypeError, "^noise must be"),  # type: ignore[arg-type]
