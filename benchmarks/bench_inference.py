@@ -1,6 +1,6 @@
 """Why CPU rollouts run their tanh layers in numpy: torch's tanh against numpy's, interleaved.
 
-    python benchmarks/bench_inference.py
+python benchmarks/bench_inference.py
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def main() -> None:
         ours, theirs = seconds(lambda: np.tanh(array, out=array_out)), seconds(lambda: torch.tanh(x, out=out))
         ratios.append(theirs / ours)
         print(f"numpy {1e9 * ours / x.numel():.2f} ns  torch {1e9 * theirs / x.numel():.2f} ns per element")
-    print(f"numpy's tanh is {statistics.median(ratios):.1f}x faster; largest difference {np.abs(array_out - out.numpy()).max():.1e}")
+    print(
+        f"numpy's tanh is {statistics.median(ratios):.1f}x faster; largest difference {np.abs(array_out - out.numpy()).max():.1e}"
+    )
 
 
 if __name__ == "__main__":

@@ -87,16 +87,31 @@ def main() -> None:
         one, seconds = rollout_seconds_per_step(job, 1)
         two, seconds2 = rollout_seconds_per_step(job, 2)
         floor = floor_seconds_per_step(model, recipe)
-        rows.append({"loop_us": loop * 1e6, "one_us": one * 1e6, "two_us": two * 1e6, "floor_us": floor * 1e6,
-                     "one_s": seconds, "two_s": seconds2, "speedup": loop / one, "workers": one / two, "over_floor": one / floor})
+        rows.append(
+            {
+                "loop_us": loop * 1e6,
+                "one_us": one * 1e6,
+                "two_us": two * 1e6,
+                "floor_us": floor * 1e6,
+                "one_s": seconds,
+                "two_s": seconds2,
+                "speedup": loop / one,
+                "workers": one / two,
+                "over_floor": one / floor,
+            }
+        )
         print("  ".join(f"{k} {v:.3g}" for k, v in rows[-1].items()), flush=True)
     median = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-    print(f"\n{EPISODES} episodes: loop {median['loop_us']:.0f} us/step; rollouts {median['one_us']:.3f} us/step "
-          f"({median['one_s']:.2f} s), {median['speedup']:.0f}x faster; two workers {median['workers']:.2f}x one; "
-          f"floor {median['floor_us']:.3f} us/step, we are at {median['over_floor']:.2f}x of it")
+    print(
+        f"\n{EPISODES} episodes: loop {median['loop_us']:.0f} us/step; rollouts {median['one_us']:.3f} us/step "
+        f"({median['one_s']:.2f} s), {median['speedup']:.0f}x faster; two workers {median['workers']:.2f}x one; "
+        f"floor {median['floor_us']:.3f} us/step, we are at {median['over_floor']:.2f}x of it"
+    )
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"command": "python benchmarks/bench_rollouts.py", "median": median, "rounds": rows}, indent=1))
+        arguments.out.write_text(
+            json.dumps({"command": "python benchmarks/bench_rollouts.py", "median": median, "rounds": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":

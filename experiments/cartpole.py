@@ -42,7 +42,11 @@ class Settings:
         MinimalFlip(confidence=0.8, threshold=1.0),
     )
     """On smoothed agents. The thresholds are in units of the policy's logits."""
-    undefended_attacks: tuple[FlipAttack, ...] = (SmoothedPGD(draws=1), SmoothedPGD(draws=1, threshold=4.0), MinimalFlip(draws=1, threshold=4.0))
+    undefended_attacks: tuple[FlipAttack, ...] = (
+        SmoothedPGD(draws=1),
+        SmoothedPGD(draws=1, threshold=4.0),
+        MinimalFlip(draws=1, threshold=4.0),
+    )
     """On undefended agents: no noise to average over."""
     smoothed: tuple[str, ...] = (
         "cartpole-ppo-sigma0.2",
@@ -66,8 +70,15 @@ def certify(name: str, episodes: int, settings: Settings, workers: int) -> rrl.E
     recipe = rrl.EnvRecipe.of(_run(name).env)
     model = rrl.load_agent(Path("zoo") / name, device="cpu")
     certificate = rrl.certify_policy(
-        model, recipe, settings.budgets, episodes, alpha=settings.alpha, seed=settings.seed, n_workers=workers,
-        out=CACHE / name / "chunks", progress_bar=True,
+        model,
+        recipe,
+        settings.budgets,
+        episodes,
+        alpha=settings.alpha,
+        seed=settings.seed,
+        n_workers=workers,
+        out=CACHE / name / "chunks",
+        progress_bar=True,
     )
     certificate.save(path)
     return certificate
@@ -86,8 +97,15 @@ def attack(name: str, settings: Settings, workers: int, certificate: rrl.Episode
             threat = rrl.ThreatModel(norm=2, episode=budget)
             reports.append(
                 rrl.attack_policy(
-                    model, recipe, attacker, threat, settings.attack_episodes, certificate=certificate, alpha=settings.alpha,
-                    seed=settings.seed + 1, n_workers=workers,
+                    model,
+                    recipe,
+                    attacker,
+                    threat,
+                    settings.attack_episodes,
+                    certificate=certificate,
+                    alpha=settings.alpha,
+                    seed=settings.seed + 1,
+                    n_workers=workers,
                 )
             )
             save_reports(path, reports)
@@ -109,7 +127,9 @@ def paper_value(certificate: rrl.EpisodeCertificate) -> np.ndarray:
     ).values
 
 
-def summarise(curves: dict[str, dict[int, rrl.EpisodeCertificate]], attacks: dict[str, list[AttackReport]], settings: Settings) -> None:
+def summarise(
+    curves: dict[str, dict[int, rrl.EpisodeCertificate]], attacks: dict[str, list[AttackReport]], settings: Settings
+) -> None:
     """`summary.md` and `curves.png`."""
     shown = [0.0, *settings.attack_budgets]
     lines = ["# CartPole, 200 steps: certified and attacked mean return", "", "Command: `python experiments/cartpole.py`", ""]
@@ -118,8 +138,14 @@ def summarise(curves: dict[str, dict[int, rrl.EpisodeCertificate]], attacks: dic
     for name, by_n in curves.items():
         for n, certificate in by_n.items():
             index = [int(np.flatnonzero(np.isclose(certificate.budgets, b))[0]) for b in shown]
-            rows = {f"certified, n={n:,}": certificate.values, f"paper's method, n={n:,}": paper_value(certificate), f"plug-in, n={n:,}": certificate.plug_in}
-            lines += [f"| {name} | {row} | " + " | ".join(f"{values[i]:.2f}" for i in index) + " |" for row, values in rows.items()]
+            rows = {
+                f"certified, n={n:,}": certificate.values,
+                f"paper's method, n={n:,}": paper_value(certificate),
+                f"plug-in, n={n:,}": certificate.plug_in,
+            }
+            lines += [
+                f"| {name} | {row} | " + " | ".join(f"{values[i]:.2f}" for i in index) + " |" for row, values in rows.items()
+            ]
         lines.append(_attack_row(name, attacks[name], settings))
     lines += [_attack_row(name, attacks[name], settings) for name in settings.undefended]
     (RESULTS / "summary.md").write_text("\n".join(lines) + "\n")
@@ -128,12 +154,21 @@ def summarise(curves: dict[str, dict[int, rrl.EpisodeCertificate]], attacks: dic
     for ax, (name, by_n) in zip(figure.subplots(2, 2).flat, curves.items(), strict=True):
         for n, certificate in by_n.items():
             ax.plot(certificate.budgets, certificate.values, "o-", ms=3, label=f"certified, n = {n:,}")
-        ax.plot(certificate.budgets, paper_value(by_n[min(by_n)]), ":", color="grey", label=f"paper's method, n = {min(by_n):,}")
+        ax.plot(
+            certificate.budgets, paper_value(by_n[min(by_n)]), ":", color="grey", label=f"paper's method, n = {min(by_n):,}"
+        )
         budgets, means = _strongest(attacks[name])
         ax.plot([0, *budgets], [attacks[name][0].clean_mean, *means], "s-", ms=3, color="tab:red", label="best attack")
         plain = settings.undefended["5frames" in name]
         budgets, means = _strongest(attacks[plain])
-        ax.plot([0, *budgets], [attacks[plain][0].clean_mean, *means], "s--", ms=3, color="tab:orange", label="undefended agent, best attack")
+        ax.plot(
+            [0, *budgets],
+            [attacks[plain][0].clean_mean, *means],
+            "s--",
+            ms=3,
+            color="tab:orange",
+            label="undefended agent, best attack",
+        )
         ax.set(title=name, xlabel="episode budget (l2)", ylabel="mean return under attack", ylim=(0, 208))
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
@@ -147,7 +182,11 @@ def _strongest(reports: list[AttackReport]) -> tuple[list[float], list[float]]:
 
 def _attack_row(name: str, reports: list[AttackReport], settings: Settings) -> str:
     _, means = _strongest(reports)
-    return f"| {name} | best attack, n={settings.attack_episodes} | {reports[0].clean_mean:.2f} | " + " | ".join(f"{m:.2f}" for m in means) + " |"
+    return (
+        f"| {name} | best attack, n={settings.attack_episodes} | {reports[0].clean_mean:.2f} | "
+        + " | ".join(f"{m:.2f}" for m in means)
+        + " |"
+    )
 
 
 def main() -> None:
@@ -157,11 +196,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     settings = Settings()
-    curves = {name: {n: certify(name, n, settings, arguments.workers) for n in arguments.episodes} for name in settings.smoothed}
+    curves = {
+        name: {n: certify(name, n, settings, arguments.workers) for n in arguments.episodes} for name in settings.smoothed
+    }
     attacks = {name: attack(name, settings, arguments.workers, curves[name][min(curves[name])]) for name in settings.smoothed}
     attacks |= {name: attack(name, settings, arguments.workers, None) for name in settings.undefended}
     for name in settings.smoothed:
-        save_figure(certificate_figure(curves[name][max(curves[name])], attacks[name], title=name), RESULTS / name / "curve.png")
+        save_figure(
+            certificate_figure(curves[name][max(curves[name])], attacks[name], title=name), RESULTS / name / "curve.png"
+        )
     summarise(curves, attacks, settings)
     print((RESULTS / "summary.md").read_text())
 

@@ -212,8 +212,9 @@ class PolicyView(nn.Module):
     def act_blocked(self, stack: Tensor, *, batch: int, deterministic: bool = True, uniforms: Tensor | None = None) -> Tensor:
         """Actions for any number of frame stacks, always in padded batches of exactly `batch` rows.
 
-        A row's arithmetic on a CPU depends on the batch size in its last bits, but not on the other rows; with a fixed
-        batch size an episode's actions do not depend on which other episodes are still running.
+        A row's arithmetic on a CPU depends on the batch size in its last bits, but not on what the other rows hold; with a
+        fixed batch size and place an episode's actions do not depend on the other episodes. (The place matters in the last
+        bits for layers with a handful of outputs whose number of inputs is not a multiple of 4.)
         """
         n = len(stack)
         check_count("batch", batch)

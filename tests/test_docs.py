@@ -28,7 +28,12 @@ def test_the_tutorial_runs_block_after_block(tmp_path: Path, monkeypatch: pytest
 def test_the_readme_example_runs_with_fewer_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (block,) = blocks("README.md")
-    small = {"learn(200_000)": "learn(4_096)", "episodes=10_000": "episodes=500", "SmoothedPGD()": "SmoothedPGD(draws=8)", "episodes=200": "episodes=10"}
+    small = {
+        "learn(200_000)": "learn(4_096)",
+        "episodes=10_000": "episodes=500",
+        "SmoothedPGD()": "SmoothedPGD(draws=8)",
+        "episodes=200": "episodes=10",
+    }
     for long, short in small.items():
         assert long in block
         block = block.replace(long, short)

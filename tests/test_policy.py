@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -191,7 +192,7 @@ def test_the_law_of_a_stochastic_view_is_that_of_predict() -> None:
 
 
 def test_a_rows_action_depends_on_nobody_else_in_the_batch() -> None:
-    """Any subset, in any order, alone or padded: the same scores bit for bit at a fixed batch size."""
+    """Any subset, in any order, alone or padded: the same scores bit for bit at a fixed batch size, for the usual widths."""
     model = _model(PPO)
     plain = PolicyView.from_sb3(model)
     seen: list[Tensor] = []
@@ -214,6 +215,20 @@ def test_a_rows_action_depends_on_nobody_else_in_the_batch() -> None:
             assert torch.equal(actions, everyone[rows])
             assert torch.equal(seen.pop(), scores[rows])
         assert view.act_blocked(stack[:0], batch=64).shape == (0,)
+
+
+@pytest.mark.parametrize("widths", [(4, 64, 64, 2), (3, 7, 5), (6, 250, 3)])
+def test_what_other_rows_hold_never_changes_a_rows_scores(widths: tuple[int, ...]) -> None:
+    """At a fixed batch size and place, bit for bit; for odd layer widths too, where the place itself can matter."""
+    layers = [layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.Tanh())]
+    view = PolicyView.from_torch(nn.Sequential(*layers[:-1]), kind="logits", observation_shape=widths[:1])
+    x, other = torch.from_numpy(_observations(64, widths[0])), torch.from_numpy(_observations(64, widths[0], seed=1))
+    with torch.inference_mode():
+        scores = view.scores(x)
+        for i in range(0, 64, 5):
+            mixed = other.clone()
+            mixed[i] = x[i]
+            assert torch.equal(view.scores(mixed)[i], scores[i])
 
 
 def test_a_copy_for_inference_acts_alike_and_leaves_the_original_alone() -> None:

@@ -88,8 +88,7 @@ class Threshold(gym.Env[Any, Any]):
         self.length = length
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.t = 0
+        self.t = 0  # nothing here is random: no generator to seed
         return np.zeros(1, dtype=np.float32), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:

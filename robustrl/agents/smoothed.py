@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from robustrl.errors import check_count
+from robustrl.errors import check_choice, check_count
 from robustrl.noise import Noise
 from robustrl.policy import Padding, PolicyView, push_frame, start_stack
 from robustrl.seeding import torch_generator
@@ -43,7 +43,8 @@ class SmoothedAgent:
             raise TypeError(f"noise must be a robustrl noise mechanism such as Gaussian(0.2), got {noise!r}")
         noise.require("episode")
         self.policy = PolicyView.of(model, n_frames=check_count("frame_stack", frame_stack))
-        self.noise, self.frame_stack, self.stack_padding = noise, frame_stack, stack_padding
+        self.noise, self.frame_stack = noise, frame_stack
+        self.stack_padding: Padding = check_choice("stack_padding", stack_padding, ("reset", "zero"))
         self.set_random_seed(seed)
 
     def set_random_seed(self, seed: int | None) -> None:

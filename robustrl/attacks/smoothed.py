@@ -205,6 +205,8 @@ class MinimalFlip(FlipAttack):
             lost &= row_norms(direction) > 0
             full[trying[lost]] = (direction * per_row(radius, direction))[lost]
             trying = trying[lost]
+            if not len(trying):
+                break
         low, high = torch.zeros(len(full), device=x.device), torch.ones(len(full), device=x.device)
         hits = torch.nonzero(reached).flatten()
         some = pairs.select(hits)

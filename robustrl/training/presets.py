@@ -6,14 +6,29 @@ preset: nothing of ours is in between.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 
-def _frozen(**values: Any) -> Mapping[str, Any]:
-    return MappingProxyType(values)
+class _Frozen(Mapping[str, Any]):
+    """Keyword arguments that stay as they are: SB3 writes into the `policy_kwargs` that it is given."""
+
+    def __init__(self, **values: Any) -> None:
+        self._values = values
+
+    def __getitem__(self, name: str) -> Any:
+        return copy.deepcopy(self._values[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return repr(self._values)
 
 
 @dataclass(frozen=True)
@@ -28,18 +43,18 @@ class Preset:
         timesteps: environment steps that suffice.
     """
 
-    env: Mapping[str, Any] = field(default_factory=_frozen)
-    ppo: Mapping[str, Any] = field(default_factory=_frozen)
-    a2c: Mapping[str, Any] = field(default_factory=_frozen)
-    dqn: Mapping[str, Any] = field(default_factory=_frozen)
+    env: Mapping[str, Any] = field(default_factory=_Frozen)
+    ppo: Mapping[str, Any] = field(default_factory=_Frozen)
+    a2c: Mapping[str, Any] = field(default_factory=_Frozen)
+    dqn: Mapping[str, Any] = field(default_factory=_Frozen)
     timesteps: int = 200_000
 
 
 cartpole = Preset(
-    env=_frozen(n_envs=16),
-    ppo=_frozen(n_steps=128, batch_size=512, learning_rate=1e-3, n_epochs=10, policy_kwargs={"net_arch": [64, 64]}, device="cpu"),
-    a2c=_frozen(n_steps=16, learning_rate=1e-3, policy_kwargs={"net_arch": [64, 64]}, device="cpu"),
-    dqn=_frozen(
+    env=_Frozen(n_envs=16),
+    ppo=_Frozen(n_steps=128, batch_size=512, learning_rate=1e-3, n_epochs=10, policy_kwargs={"net_arch": [64, 64]}, device="cpu"),
+    a2c=_Frozen(n_steps=16, learning_rate=1e-3, policy_kwargs={"net_arch": [64, 64]}, device="cpu"),
+    dqn=_Frozen(
         learning_rate=1e-3, buffer_size=100_000, learning_starts=1_000, batch_size=256, train_freq=(16, "step"), gradient_steps=8,
         target_update_interval=500, exploration_fraction=0.16, exploration_final_eps=0.04, policy_kwargs={"net_arch": [256, 256]},
         device="cpu",

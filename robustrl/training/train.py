@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -61,6 +62,7 @@ def train(
     preset = preset_for(recipe.env_id)
     steps = check_count("timesteps", preset.timesteps if timesteps is None else timesteps)
     arguments = {**getattr(preset, algo), **(hyperparameters or {})}
+    written = copy.deepcopy(arguments)  # SB3 writes into the policy_kwargs that it is given
     side_by_side = preset.env.get("n_envs", 1) if n_envs is None else n_envs
     venv = make_vec_env(recipe, side_by_side, seed=check_count("seed", seed, least=0))
     model = kind("MlpPolicy", venv, seed=seed, verbose=verbose, **arguments)
@@ -71,7 +73,7 @@ def train(
     with one_thread():
         model.learn(steps, progress_bar=progress_bar)
     versions = {name: version(name) for name in LIBRARIES}
-    RunInfo(algo, recipe.to_dict(), int(seed), steps, arguments, versions).save(folder)
+    RunInfo(algo, recipe.to_dict(), int(seed), steps, written, versions).save(folder)
     save_model(model, folder / "model.zip")  # last: a folder with a model is complete
     venv.close()
     return model

@@ -122,7 +122,7 @@ class Repeat(gym.Wrapper[Any, Any, Any, Any]):
         return result
 
 
-@pytest.mark.parametrize(("wrapper", "expected"), [(DoubleReward, [0, 1, 2, 3]), (Repeat, [2 + 3 + 4 + 5, 6 + 7 + 8 + 9])])
+@pytest.mark.parametrize(("wrapper", "expected"), [(DoubleReward, [1, 2, 3]), (Repeat, [3 + 4 + 5 + 6, 7 + 8 + 9 + 10])])
 def test_rewards_are_those_of_the_environment_inside_its_wrappers(wrapper: Any, expected: list[int]) -> None:
     """`Steps` pays t at its t-th step: the rewards name the steps that were taken."""
     engine = EnvList(EnvRecipe(factory=lambda: Steps(10), max_episode_steps=100, wrappers=(wrapper,), noise=Gaussian(1.0)))

@@ -1,0 +1,192 @@
+"""Training: SB3 under noise, into a complete run directory or none."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3 import A2C, DQN, PPO
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toys import Steps
+
+from robustrl import presets
+from robustrl.agents.loading import load_model
+from robustrl.api import load_agent
+from robustrl.envs.recipe import EnvRecipe
+from robustrl.errors import ChainError
+from robustrl.noise import Gaussian
+from robustrl.policy import PolicyView
+from robustrl.training import train as train_module
+from robustrl.training.presets import Preset, preset_for
+from robustrl.training.run_files import RunInfo
+from robustrl.training.train import train
+
+RECIPE = EnvRecipe(env_id="CartPole-v1", noise=Gaussian(0.2), max_episode_steps=100)
+QUICK: dict[str, dict[str, Any]] = {
+    "ppo": {"n_steps": 32, "batch_size": 64, "n_epochs": 2},
+    "a2c": {"n_steps": 8},
+    "dqn": {"learning_starts": 32, "buffer_size": 200, "train_freq": (8, "step"), "gradient_steps": 1, "batch_size": 16},
+}
+
+
+def quick(out: Path, algo: str = "ppo", **options: Any) -> Any:
+    settings = {"timesteps": 128, "n_envs": 2, "hyperparameters": QUICK.get(algo)}
+    return train(options.pop("env", RECIPE), out, algo=algo, **(settings | options))
+
+
+@pytest.mark.parametrize(("algo", "kind"), [("ppo", PPO), ("a2c", A2C), ("dqn", DQN)])
+def test_a_run_directory_holds_what_is_needed_to_go_on(tmp_path: Path, algo: str, kind: Any) -> None:
+    model = quick(tmp_path / "run", algo)
+    assert type(model) is kind
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["model.zip", "run.json", "tb"]
+    run = RunInfo.load(tmp_path / "run")
+    assert (run.algo, run.seed, run.timesteps) == (algo, 0, 128)
+    assert run.env == RECIPE
+    assert run.hyperparameters.items() >= json.loads(json.dumps(QUICK[algo])).items()
+    assert run.versions["torch"] == torch.__version__
+    loaded = load_agent(tmp_path / "run")
+    frames = np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32)
+    assert np.array_equal(loaded.predict(frames, deterministic=True)[0], model.predict(frames, deterministic=True)[0])
+    assert model.observation_space == model.get_env().observation_space
+    assert model.get_env().recipe == RECIPE
+
+
+def test_training_is_seen_through_noise(tmp_path: Path) -> None:
+    """In `Steps` the true observation is a whole number."""
+    env = EnvRecipe(factory=lambda: Steps(20, flat=True), max_episode_steps=20, noise=Gaussian(0.25))
+    model = quick(tmp_path / "run", env=env)
+    seen = model.rollout_buffer.observations.ravel()
+    noise = (seen + 0.5) % 1 - 0.5
+    assert noise.std() == pytest.approx(0.25, rel=0.2)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:
+    prints = [PolicyView.of(quick(tmp_path / name, seed=seed)).fingerprint() for name, seed in (("a", 3), ("b", 3), ("c", 4))]
+    assert prints[0] == prints[1]
+    assert prints[0] != prints[2]
+
+
+def test_weights_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    prints = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            prints.append(PolicyView.of(quick(tmp_path / str(threads))).fingerprint())
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(1)
+    assert prints[0] == prints[1]
+
+
+def test_tensorboard_gets_sb3s_scalars_in_one_run(tmp_path: Path) -> None:
+    quick(tmp_path / "run", timesteps=512)
+    folders = {path.parent for path in (tmp_path / "run").rglob("events.out.tfevents*")}
+    assert folders == {tmp_path / "run" / "tb"}
+    events = EventAccumulator(str(tmp_path / "run" / "tb"))
+    events.Reload()
+    assert {"rollout/ep_rew_mean", "train/loss", "time/fps"} <= set(events.Tags()["scalars"])
+
+
+def test_a_second_model_is_not_written_over_the_first(tmp_path: Path) -> None:
+    quick(tmp_path)
+    before = (tmp_path / "model.zip").read_bytes()
+    with pytest.raises(FileExistsError, match="already holds a model; choose another --out"):
+        quick(tmp_path)
+    assert (tmp_path / "model.zip").read_bytes() == before
+
+
+@pytest.mark.parametrize("moment", ["learning", "saving", "replacing"])
+def test_an_interrupted_run_leaves_no_half_written_model(tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        target, name = {"learning": (PPO, "learn"), "saving": (PPO, "save"), "replacing": (os, "replace")}[moment]
+        patch.setattr(target, name, stop)
+        with pytest.raises(KeyboardInterrupt):
+            quick(tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.part"))
+    assert not (tmp_path / "run" / "model.zip").exists()
+    quick(tmp_path / "run")  # and the folder can be used again
+    assert load_agent(tmp_path / "run") is not None
+
+
+def test_an_environment_from_a_factory_is_named_and_must_be_given_again(tmp_path: Path) -> None:
+    env = EnvRecipe(factory=lambda: Steps(20, flat=True), max_episode_steps=20, noise=Gaussian(0.25))
+    model = quick(tmp_path, env=env)
+    assert not RunInfo.load(tmp_path).self_contained
+    assert PolicyView.of(load_agent(tmp_path, env)).fingerprint() == PolicyView.of(model).fingerprint()
+    assert load_agent(tmp_path) is not None  # acting needs no environment
+    with pytest.raises(ValueError, match="pass the environment again"):
+        _ = RunInfo.load(tmp_path).env
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"algo": "sac"}, ValueError, "algo must be one of ppo, a2c, dqn, got 'sac'"),
+        ({"timesteps": 0}, ValueError, "timesteps must be an integer >= 1, got 0"),
+        ({"timesteps": 1.5}, TypeError, "timesteps must be an integer >= 1"),
+        ({"n_envs": 0}, ValueError, "n_envs must be an integer >= 1, got 0"),
+        ({"seed": -1}, ValueError, "seed must be an integer >= 0, got -1"),
+        ({"seed": None}, TypeError, "seed must be an integer >= 0"),
+        ({"hyperparameters": {"n_steps": 8, "wings": 2}}, TypeError, "wings"),
+        ({"env": "Nothing-v0"}, ValueError, "unknown environment id"),
+        ({"env": EnvRecipe(factory=lambda: Steps(3), noise=Gaussian(0.1))}, ChainError, "no finite horizon"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(
+    tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        quick(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_presets_are_arguments_that_sb3_takes_and_cannot_change() -> None:
+    before = repr(presets.cartpole)
+    for algo, kind in (("ppo", PPO), ("a2c", A2C), ("dqn", DQN)):
+        arguments = dict(getattr(presets.cartpole, algo))
+        model = kind("MlpPolicy", "CartPole-v1", **arguments)
+        model.policy_kwargs["optimizer_class"] = "spoilt"
+        for name, value in arguments.items():
+            if name not in ("policy_kwargs", "device", "train_freq"):
+                assert getattr(model, name, None) == value or callable(getattr(model, name, None)), name
+    assert repr(presets.cartpole) == before
+    with pytest.raises(TypeError):
+        presets.cartpole.ppo["n_steps"] = 1  # type: ignore[index]
+
+
+def test_presets_belong_to_environments() -> None:
+    assert preset_for("CartPole-v1") is preset_for("CartPole-v0") is preset_for("module:CartPole-v1") is presets.cartpole or (
+        preset_for("CartPole-v1") is presets.cartpole
+    )
+    for other in (None, "Acrobot-v1", "robustrl/TextGrid-v0"):
+        assert dict(preset_for(other).ppo) == dict(Preset().ppo) == {}
+
+
+def test_hyperparameters_replace_the_presets(tmp_path: Path) -> None:
+    model = quick(tmp_path, hyperparameters={**QUICK["ppo"], "learning_rate": 5e-4})
+    assert model.learning_rate == 5e-4
+    assert model.policy.net_arch == [64, 64]  # the rest is the preset's
+    assert load_model(tmp_path / "model.zip").learning_rate == 5e-4
+
+
+def test_a_model_is_written_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quick(tmp_path / "run")
+    target = tmp_path / "model.zip"
+    target.write_bytes(b"old")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        train_module.save_model(model, target)
+    assert target.read_bytes() == b"old"
+    assert not list(tmp_path.glob("*.part"))
