@@ -20,7 +20,6 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import fisher_exact, ks_2samp
 
-from robustrl.agents.loading import load_model
 from robustrl.attacks.base import Attack
 from robustrl.certify.certificate import Certificate, EpisodeCertificate
 from robustrl.certify.returns import certify_quantile, certify_return, certify_success, episode_budget, mean_upper_bound
@@ -30,6 +29,7 @@ from robustrl.envs.recipe import EnvRecipe
 from robustrl.errors import CertificateError, check_alpha, check_choice, check_count, check_real
 from robustrl.noise import Noise
 from robustrl.policy import PolicyView, frame_shape
+from robustrl.policy.loading import load_model
 from robustrl.report.attack import AttackReport
 from robustrl.rollouts.chunk import Job, run_chunk
 from robustrl.rollouts.collect import collect, make_job
@@ -118,7 +118,9 @@ def certify_policy(
     for name, value, owner in (("success_at", success_at, "success"), ("quantile", quantile, "quantile")):
         if value is not None and statistic != owner:
             raise ValueError(f"{name} belongs to statistic={owner!r}, got statistic={statistic!r}")
-    threshold = 0.0 if statistic != "success" else check_real("success_at", success_at, allowed="the return that counts as success")
+    threshold = (
+        0.0 if statistic != "success" else check_real("success_at", success_at, allowed="the return that counts as success")
+    )
     level = 0.5 if statistic != "quantile" else check_real("quantile", quantile, allowed="a level in (0, 1)")
     if until is not None and (statistic != "mean" or method not in ("hybrid", "betting")):
         raise ValueError("until needs statistic='mean' and method='betting': only the betting bound may be stopped at will")
@@ -142,7 +144,11 @@ def certify_policy(
                 found = certify_return(returns, mechanism, grid, method=method, simultaneous=simultaneous, **settings)
         return replace(found.with_provenance(**recorded), threat=threat)
 
-    goal, budget = (None, None) if until is None else (check_real(f"until {name}", x) for name, x in zip(("value", "budget"), until, strict=True))
+    goal, budget = (
+        (None, None)
+        if until is None
+        else (check_real(f"until {name}", x) for name, x in zip(("value", "budget"), until, strict=True))
+    )
     # One made-up episode shows whatever is wrong with the arguments before hours of real ones.
     certify(np.array([0.0 if low is None else low]), budget)
     options: dict[str, Any] = {"n_workers": n_workers, "folder": out, "label": "certify", "progress": progress_bar}
@@ -251,7 +257,11 @@ class Verification:
             return text + "; episodes were not replayed (give the model to do so)"
         chunks = f"{len(self.replayed)} chunk(s) {list(self.replayed)} replayed"
         if getattr(self.certificate, "statistic", None) == "success":
-            found = "the stored number of successes" if self.bit_equal else f"no other rate of success (two-sample p = {self.p_value:.3g})"
+            found = (
+                "the stored number of successes"
+                if self.bit_equal
+                else f"no other rate of success (two-sample p = {self.p_value:.3g})"
+            )
             return f"{text}; {chunks}: {found}; single episodes are not stored"
         if self.bit_equal:
             return f"{text}; {chunks}: every return is the stored one, bit for bit"
@@ -303,7 +313,9 @@ def verify_certificate(
     if np.array_equal(before, again):
         return Verification(found, tuple(chunks), bit_equal=True)
     if _same_build(found, job):
-        raise CertificateError(f"replaying chunks {chunks} on the same build and CPU gives other returns than the stored evidence")
+        raise CertificateError(
+            f"replaying chunks {chunks} on the same build and CPU gives other returns than the stored evidence"
+        )
     p_value = float(ks_2samp(before, again).pvalue)
     if p_value < SAME_LAW_LEVEL:
         raise CertificateError(f"replaying chunks {chunks} gives returns of another law (two-sample p = {p_value:.3g})")
@@ -340,7 +352,9 @@ def load_agent(
         run = RunInfo.load(path)
         algo, path = algo or run.algo, path / "model.zip"
         env = run.env if env is None and run.self_contained else env
-    model = load_model(path, algo=algo, policy_kwargs=None if policy_kwargs is None else dict(policy_kwargs), trust=trust, device=device)
+    model = load_model(
+        path, algo=algo, policy_kwargs=None if policy_kwargs is None else dict(policy_kwargs), trust=trust, device=device
+    )
     if env is not None:
         recipe = EnvRecipe.of(env)
         _check_fit(model, recipe)
@@ -350,8 +364,17 @@ def load_agent(
 def _check_fit(model: Any, recipe: EnvRecipe) -> None:
     shape, frame, frames = model.observation_space.shape or (), recipe.frame_space.shape, recipe.frame_stack
     if not _stacks(shape, frames, frame):
-        hint = next((f"; does the model stack {k} frames? then pass frame_stack={k} (--frame-stack)" for k in range(1, 65) if _stacks(shape, k, frame)), "")
-        raise ValueError(f"the model takes observations of shape {shape}, but {recipe.label} with frame_stack={frames} gives frames {frame}{hint}")
+        hint = next(
+            (
+                f"; does the model stack {k} frames? then pass frame_stack={k} (--frame-stack)"
+                for k in range(1, 65)
+                if _stacks(shape, k, frame)
+            ),
+            "",
+        )
+        raise ValueError(
+            f"the model takes observations of shape {shape}, but {recipe.label} with frame_stack={frames} gives frames {frame}{hint}"
+        )
     if getattr(model.action_space, "n", None) != getattr(recipe.action_space, "n", None):
         raise ValueError(f"the model acts in {model.action_space}, but {recipe.label} takes {recipe.action_space}")
 
@@ -379,7 +402,9 @@ def _budget_grid(recipe: EnvRecipe, budgets: Any) -> tuple[Any, dict[str, Any] |
 def _certified(certificate: EpisodeCertificate, job: Job, threat: ThreatModel) -> float | None:
     recorded, noise = certificate.provenance, job.recipe.noise
     if certificate.statistic != "mean":
-        raise ValueError(f"an attack on the mean return needs a certificate of the mean, got one of the {certificate.statistic}")
+        raise ValueError(
+            f"an attack on the mean return needs a certificate of the mean, got one of the {certificate.statistic}"
+        )
     if certificate.noise != noise:
         raise ValueError(f"the certificate is for {certificate.noise}, but the attacked agent uses {noise}")
     described = plain_data("description of the job", job.describe())  # as the certificate holds it
@@ -396,12 +421,16 @@ def _recorded_job(certificate: EpisodeCertificate, model: Any, env: Any) -> Job:
         settings = {name: recorded[name] for name in ("seed", "chunk_size", "engine", "deterministic")}
         policy_hash, stated = recorded["policy_hash"], recorded["recipe"]
     except KeyError as error:
-        raise CertificateError(f"the certificate does not record how its episodes were made (no {error}); it cannot be replayed") from None
+        raise CertificateError(
+            f"the certificate does not record how its episodes were made (no {error}); it cannot be replayed"
+        ) from None
     if env is None:
         try:
             recipe = EnvRecipe.from_dict(stated)
         except (TypeError, ValueError) as error:
-            raise CertificateError(f"the certificate's environment cannot be rebuilt from the file alone, pass env=: {error}") from None
+            raise CertificateError(
+                f"the certificate's environment cannot be rebuilt from the file alone, pass env=: {error}"
+            ) from None
     else:
         recipe = EnvRecipe.of(env)
         described = plain_data("recipe", recipe.to_dict())
@@ -421,10 +450,14 @@ def _recorded_job(certificate: EpisodeCertificate, model: Any, env: Any) -> Job:
 
 def _same_build(certificate: EpisodeCertificate, job: Job) -> bool:
     """Whether episodes must come out as recorded to the last bit."""
-    return certificate.provenance.get("versions") == _versions() and certificate.provenance.get("device") == job.policy.device.type
+    return (
+        certificate.provenance.get("versions") == _versions() and certificate.provenance.get("device") == job.policy.device.type
+    )
 
 
-def _compare_successes(certificate: EpisodeCertificate, returns: Any, chunks: tuple[int, ...], same_build: bool) -> Verification:
+def _compare_successes(
+    certificate: EpisodeCertificate, returns: Any, chunks: tuple[int, ...], same_build: bool
+) -> Verification:
     """Success certificates keep only the count: the replay can test the rate, not the episodes."""
     assert isinstance(certificate.evidence, int)
     threshold = certificate.provenance.get("success_at")
@@ -446,4 +479,9 @@ def _compare_successes(certificate: EpisodeCertificate, returns: Any, chunks: tu
 def _versions() -> dict[str, str]:
     """What bit equality depends on: libraries, torch's CPU code path, processor family."""
     found = {name: version(name) for name in LIBRARIES}
-    return {**found, "python": platform.python_version(), "machine": platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    return {
+        **found,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }

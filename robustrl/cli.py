@@ -27,7 +27,9 @@ app = typer.Typer(
 Target = Annotated[Path, typer.Argument(help="Run directory, or a plain SB3 zip.")]
 EnvId = Annotated[str | None, typer.Option("--env", help="Gymnasium id; a run directory knows its own.")]
 Algo = Annotated[str | None, typer.Option(help="ppo, a2c or dqn; default what the run or the file says.")]
-Sigma = Annotated[float | None, typer.Option(help="Gaussian noise of this standard deviation; short for --noise gaussian:SIGMA.")]
+Sigma = Annotated[
+    float | None, typer.Option(help="Gaussian noise of this standard deviation; short for --noise gaussian:SIGMA.")
+]
 NoiseText = Annotated[
     str | None, typer.Option("--noise", help="gaussian:SIGMA, uniform:LAM, laplace:B, splitting:LAM,LOW,HIGH or ablation:KEEP.")
 ]
@@ -72,7 +74,9 @@ def train(
     from robustrl.training.train import train as run
 
     recipe = EnvRecipe.of(env, noise=_noise(sigma, noise), frame_stack=frame_stack, max_episode_steps=max_episode_steps)
-    run(recipe, out, algo=algo, timesteps=timesteps, seed=seed, n_envs=n_envs, progress_bar=sys.stderr.isatty(), verbose=verbose)
+    run(
+        recipe, out, algo=algo, timesteps=timesteps, seed=seed, n_envs=n_envs, progress_bar=sys.stderr.isatty(), verbose=verbose
+    )
     print(f"trained {algo} on {recipe.label}, noise {recipe.noise}: {out / 'model.zip'}")
     print(f"next: robustrl certify {out}")
 
@@ -208,7 +212,9 @@ def attack(
 @app.command()
 def verify(
     certificate: Annotated[Path, typer.Argument(help="Certificate file.")],
-    model: Annotated[Path | None, typer.Option(help="Run directory or zip to replay episodes with; default the run beside it.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Run directory or zip to replay episodes with; default the run beside it.")
+    ] = None,
     replay: Annotated[int, typer.Option(help="Chunks to replay.")] = 2,
     algo: Algo = None,
     policy_kwargs: PolicyKwargs = None,
@@ -230,7 +236,9 @@ def verify(
 @app.command()
 def plot(
     target: Annotated[Path, typer.Argument(help="Run directory or certificate file.")],
-    out: Annotated[Path | None, typer.Option(help="Figure to write (.png, .pdf, .svg); default certificate.png beside it.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Figure to write (.png, .pdf, .svg); default certificate.png beside it.")
+    ] = None,
 ) -> None:
     """Draw the certified curve, with the attacks stored beside it."""
     from robustrl.certify.certificate import EpisodeCertificate

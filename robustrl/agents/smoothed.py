@@ -77,7 +77,9 @@ class SmoothedAgent:
         if single:
             frames = frames[None]
         if frames.shape[1:] != self.policy.frame_shape:
-            raise ValueError(f"observation must have shape {self.policy.frame_shape} or (n, *{self.policy.frame_shape}), got {frames.shape}")
+            raise ValueError(
+                f"observation must have shape {self.policy.frame_shape} or (n, *{self.policy.frame_shape}), got {frames.shape}"
+            )
         if not np.isfinite(frames).all():
             raise ValueError("observation must be finite, got NaN or inf")
         tensor = torch.from_numpy(frames).to(self.policy.device)
@@ -87,7 +89,9 @@ class SmoothedAgent:
             stack = fresh
         else:
             if state[0].shape != tuple(fresh.shape):
-                raise ValueError(f"state holds frame stacks of shape {state[0].shape}, but the observation needs {tuple(fresh.shape)}")
+                raise ValueError(
+                    f"state holds frame stacks of shape {state[0].shape}, but the observation needs {tuple(fresh.shape)}"
+                )
             stack = push_frame(torch.from_numpy(state[0]).to(seen.device), seen)
             if episode_start is not None:
                 starts = np.atleast_1d(episode_start).astype(bool)

@@ -76,5 +76,7 @@ class Attack(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for reports: the attack's name and its attributes."""
-        plain = {key: value if isinstance(value, bool | int | float | str) else repr(value) for key, value in vars(self).items()}
+        plain = {
+            key: value if isinstance(value, bool | int | float | str) else repr(value) for key, value in vars(self).items()
+        }
         return {"kind": type(self).__name__, **plain}

@@ -54,7 +54,9 @@ class FlipAttack(Attack):
         if threat.norm != 2:
             raise ValueError(f"{type(self).__name__} spends l2 budgets; threat.norm must be 2, got {threat.norm}")
         if threat.units != "raw" or threat.mask is not None:
-            raise ValueError(f"{type(self).__name__} attacks all entries in raw units; got units={threat.units!r}, mask={threat.mask}")
+            raise ValueError(
+                f"{type(self).__name__} attacks all entries in raw units; got units={threat.units!r}, mask={threat.mask}"
+            )
         if math.isinf(min(limit for limit in (threat.step, threat.episode) if limit is not None)):
             raise ValueError(f"{type(self).__name__} needs a finite budget, got step={threat.step}, episode={threat.episode}")
         if not isinstance(noise, Gaussian | Uniform | Laplace | None):
@@ -236,4 +238,3 @@ def _samples(
     if noise is None:
         return torch.zeros((1, *shape[1:]), dtype=dtype, device=device)
     return noise.perturb(torch.zeros(shape, dtype=dtype, device=device), generator)
-

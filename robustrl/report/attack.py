@@ -113,7 +113,9 @@ def attack_table(reports: list[AttackReport]) -> str:
             f"{certified:>11}{r.spent.mean():>8.3f}"
         )
     level = 100 * (1 - reports[0].alpha) if reports else 95
-    lines.append(f"upper: {level:g}% upper confidence bound of the attacked mean; an attack shows what is possible, not what is worst")
+    lines.append(
+        f"upper: {level:g}% upper confidence bound of the attacked mean; an attack shows what is possible, not what is worst"
+    )
     return "\n".join(lines)
 
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def certificate_figure(certificate: EpisodeCertificate, reports: list[AttackReport] | None = None, title: str | None = None) -> Figure:
+def certificate_figure(
+    certificate: EpisodeCertificate, reports: list[AttackReport] | None = None, title: str | None = None
+) -> Figure:
     """Certified lower bound and attacked means against the episode budget, as a matplotlib figure.
 
     Args:
@@ -43,7 +45,15 @@ def certificate_figure(certificate: EpisodeCertificate, reports: list[AttackRepo
         clean = strongest[budgets[0]].clean_mean
         line = ax.plot([0, *budgets], [clean, *means], "s-", color="tab:red", label=f"best attack ({names})")[0]
         if np.isfinite(upper).all():
-            ax.fill_between(budgets, means, upper, color=line.get_color(), alpha=0.2, linewidth=0, label=f"its {100 * (1 - strongest[budgets[0]].alpha):g}% upper bound")
+            ax.fill_between(
+                budgets,
+                means,
+                upper,
+                color=line.get_color(),
+                alpha=0.2,
+                linewidth=0,
+                label=f"its {100 * (1 - strongest[budgets[0]].alpha):g}% upper bound",
+            )
     ax.set_ylim(bottom=float(np.nanmin([0.0, *certificate.values])))
     ax.grid(alpha=0.3)
     ax.legend(loc="lower left")

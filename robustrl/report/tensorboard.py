@@ -36,7 +36,10 @@ def log_certificate(
     writer: Any = SummaryWriter(os.fspath(folder))
     try:
         finite = np.isfinite(certificate.values)
-        metrics = {f"certificate/budget_{b:g}": float(v) for b, v in zip(certificate.budgets[finite], certificate.values[finite], strict=True)}
+        metrics = {
+            f"certificate/budget_{b:g}": float(v)
+            for b, v in zip(certificate.budgets[finite], certificate.values[finite], strict=True)
+        }
         for name, value in metrics.items():
             writer.add_scalar(name, value)
         for report in reports or []:

@@ -142,7 +142,9 @@ def run_chunk(job: Job, chunk: int, n: int) -> Episodes:
                     policy=victim,
                     noise=noise,
                     clean_stack=clean_stack,
-                    seen_stack=start_stack(frames, recipe.frame_stack, recipe.stack_padding) if stack is None else push_frame(stack, frames),
+                    seen_stack=start_stack(frames, recipe.frame_stack, recipe.stack_padding)
+                    if stack is None
+                    else push_frame(stack, frames),
                     allowance=torch.from_numpy(ledger.allowance[slots]).to(device),
                     first_step=stack is None,
                     padding=recipe.stack_padding,

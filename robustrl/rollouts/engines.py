@@ -113,7 +113,9 @@ class EnvList:
         while len(self._envs) < n:
             self._envs.append(self._recipe.base_env(inner=self._probe if self._recipe.wrappers else None))
         if len({id(env.unwrapped) for env in self._envs}) < len(self._envs):
-            raise ValueError(f"the factory {self._recipe.label} returned the same environment twice; it must make a new one per call")
+            raise ValueError(
+                f"the factory {self._recipe.label} returned the same environment twice; it must make a new one per call"
+            )
         seeds = slot_seeds(seed, n)
         self._running = list(range(n))
         frames = [self._envs[i].reset(seed=int(seeds[i]))[0] for i in self._running]

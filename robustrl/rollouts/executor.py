@@ -46,7 +46,9 @@ class LocalExecutor:
         waiting, deaths = set(range(len(tasks))), 0
         while waiting:
             try:
-                parallel: Any = joblib.Parallel(n_jobs=self.n_workers, backend="loky", return_as="generator_unordered", batch_size=1)
+                parallel: Any = joblib.Parallel(
+                    n_jobs=self.n_workers, backend="loky", return_as="generator_unordered", batch_size=1
+                )
                 for index, result in parallel(joblib.delayed(_pinned)(function, i, tasks[i]) for i in sorted(waiting)):
                     waiting.discard(index)
                     deaths = 0

@@ -18,7 +18,18 @@ from robustrl.rollouts.chunk import Episodes, Job
 
 SCHEMA = 1
 COLUMNS = {"returns": "<f8", "lengths": "<i8", "seeds": "<u8", "spent": "<f8"}
-DAMAGE = (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error, struct.error)
+DAMAGE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    TypeError,
+    RuntimeError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+)
 """What reading a file with flipped or missing bytes can end in."""
 
 
@@ -47,7 +58,9 @@ class ChunkStore:
                 raise ChunkError(f"{manifest} is damaged ({error}); delete the folder to start again") from None
             if fingerprint != description["fingerprint"] or found.get("schema") != SCHEMA:
                 differs = sorted(k for k in description if k != "fingerprint" and _text(found.get(k)) != _text(description[k]))
-                raise ChunkError(f"{self.folder} holds chunks of another experiment (different {', '.join(differs)}); choose another folder")
+                raise ChunkError(
+                    f"{self.folder} holds chunks of another experiment (different {', '.join(differs)}); choose another folder"
+                )
             return
         write_atomically(manifest, json.dumps(description, indent=1, default=str).encode())
 

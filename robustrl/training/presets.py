@@ -52,11 +52,21 @@ class Preset:
 
 cartpole = Preset(
     env=_Frozen(n_envs=16),
-    ppo=_Frozen(n_steps=128, batch_size=512, learning_rate=1e-3, n_epochs=10, policy_kwargs={"net_arch": [64, 64]}, device="cpu"),
+    ppo=_Frozen(
+        n_steps=128, batch_size=512, learning_rate=1e-3, n_epochs=10, policy_kwargs={"net_arch": [64, 64]}, device="cpu"
+    ),
     a2c=_Frozen(n_steps=16, learning_rate=1e-3, policy_kwargs={"net_arch": [64, 64]}, device="cpu"),
     dqn=_Frozen(
-        learning_rate=1e-3, buffer_size=100_000, learning_starts=1_000, batch_size=256, train_freq=(16, "step"), gradient_steps=8,
-        target_update_interval=500, exploration_fraction=0.16, exploration_final_eps=0.04, policy_kwargs={"net_arch": [256, 256]},
+        learning_rate=1e-3,
+        buffer_size=100_000,
+        learning_starts=1_000,
+        batch_size=256,
+        train_freq=(16, "step"),
+        gradient_steps=8,
+        target_update_interval=500,
+        exploration_fraction=0.16,
+        exploration_final_eps=0.04,
+        policy_kwargs={"net_arch": [256, 256]},
         device="cpu",
     ),
 )

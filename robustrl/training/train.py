@@ -9,10 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from robustrl.agents.loading import algorithm_class
 from robustrl.envs.recipe import EnvRecipe, make_vec_env
 from robustrl.errors import check_count
 from robustrl.files import write_atomically
+from robustrl.policy.loading import algorithm_class
 from robustrl.rollouts.executor import one_thread
 from robustrl.training.presets import preset_for
 from robustrl.training.run_files import RunInfo
@@ -65,12 +65,12 @@ def train(
     written = copy.deepcopy(arguments)  # SB3 writes into the policy_kwargs that it is given
     side_by_side = preset.env.get("n_envs", 1) if n_envs is None else n_envs
     venv = make_vec_env(recipe, side_by_side, seed=check_count("seed", seed, least=0))
-    model = kind("MlpPolicy", venv, seed=seed, verbose=verbose, **arguments)
-    folder.mkdir(parents=True, exist_ok=True)
-    # A logger of our own writes into tb/ itself, so that the certificate joins the same TensorBoard run.
-    model.set_logger(configure(os.fspath(folder / "tb"), (["stdout"] if verbose else []) + ["tensorboard"]))
     # Networks this small only lose time to a second thread, and the weights would depend on the number of threads.
     with one_thread():
+        model = kind("MlpPolicy", venv, seed=seed, verbose=verbose, **arguments)
+        folder.mkdir(parents=True, exist_ok=True)
+        # A logger of our own writes into tb/ itself, so that the certificate joins the same TensorBoard run.
+        model.set_logger(configure(os.fspath(folder / "tb"), (["stdout"] if verbose else []) + ["tensorboard"]))
         model.learn(steps, progress_bar=progress_bar)
     versions = {name: version(name) for name in LIBRARIES}
     RunInfo(algo, recipe.to_dict(), int(seed), steps, written, versions).save(folder)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toys import LinearRule, balancer, network_balancer
 from torch import nn
+from toys import LinearRule, balancer, network_balancer
 
 from robustrl.attacks import Attack, AttackContext, FlipAttack, MinimalFlip, SmoothedPGD
 from robustrl.attacks.geometry import row_norms

@@ -12,8 +12,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from toys import LinearRule, Steps, balancer, network_balancer
 from torch import nn
+from toys import LinearRule, Steps, balancer, network_balancer
 
 from robustrl.attacks import AttackContext, MinimalFlip
 from robustrl.attacks.base import Attack

@@ -24,12 +24,12 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 
-from robustrl.agents.loading import load_model
 from robustrl.api import load_agent
 from robustrl.envs.recipe import EnvRecipe, make_vec_env
 from robustrl.errors import UnsafeModelError
 from robustrl.noise import Gaussian
 from robustrl.policy import PolicyView
+from robustrl.policy.loading import load_model
 
 
 class OwnExtractor(BaseFeaturesExtractor):

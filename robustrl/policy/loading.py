@@ -42,7 +42,18 @@ _SB3_CLASSES = (
 )
 """Imported when a file names them."""
 
-_UNFIT = (RuntimeError, KeyError, ValueError, TypeError, AttributeError, AssertionError, IndexError, EOFError, OSError, struct.error)
+_UNFIT = (
+    RuntimeError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    IndexError,
+    EOFError,
+    OSError,
+    struct.error,
+)
 """What building a network from contradictory text, or reading a damaged weights file, can end in."""
 
 
@@ -95,7 +106,9 @@ def load_model(
     try:
         return kind.load(io.BytesIO(content), device=device, custom_objects=objects)
     except pickle.UnpicklingError as error:
-        raise UnsafeModelError(f"{path}: a weights file holds more than tensors, loading refused ({_first_line(error)})") from None
+        raise UnsafeModelError(
+            f"{path}: a weights file holds more than tensors, loading refused ({_first_line(error)})"
+        ) from None
     except _UNFIT as error:
         raise UnsafeModelError(
             f"{path}: the weights do not fit the network rebuilt as {kind.__name__} with policy_kwargs "
@@ -112,7 +125,17 @@ def _read_data(path: Path, content: bytes) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             data = json.loads(archive.read("data").decode())
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, KeyError, ValueError, RuntimeError, OSError, EOFError, struct.error) as error:
+    except (
+        zipfile.BadZipFile,
+        zipfile.LargeZipFile,
+        zlib.error,
+        KeyError,
+        ValueError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        struct.error,
+    ) as error:
         raise ValueError(f"{path} is not a Stable-Baselines3 model file ({error})") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} is not a Stable-Baselines3 model file (its data is no object)")
@@ -126,7 +149,9 @@ def _guess_algorithm(path: Path, data: dict[str, Any]) -> str:
         return "ppo"
     if "gae_lambda" in data:
         return "a2c"
-    raise UnsafeModelError(f"{path}: which algorithm wrote it cannot be told; pass --algo (algo=), one of {', '.join(ALGORITHMS)}")
+    raise UnsafeModelError(
+        f"{path}: which algorithm wrote it cannot be told; pass --algo (algo=), one of {', '.join(ALGORITHMS)}"
+    )
 
 
 def _rebuild(path: Path, data: dict[str, Any], kind: Any, policy_kwargs: dict[str, Any] | None) -> dict[str, Any]:
@@ -147,7 +172,8 @@ def _rebuild(path: Path, data: dict[str, Any], kind: Any, policy_kwargs: dict[st
         if match is None and key == "learning_rate":
             warnings.warn(
                 f"{path}: its learning-rate schedule is a pickle and was not loaded; the rate is 0 until you set one "
-                "(acting is not affected)", stacklevel=4,
+                "(acting is not affected)",
+                stacklevel=4,
             )
         objects[key] = float(match.group(1)) if match else 0.0
     if "train_freq" in pickled:
@@ -157,8 +183,14 @@ def _rebuild(path: Path, data: dict[str, Any], kind: Any, policy_kwargs: dict[st
 
 def _observation_space(path: Path, text: dict[str, Any]) -> spaces.Box:
     shape, dtype = text.get("_shape"), text.get("dtype")
-    if not isinstance(shape, list) or not all(isinstance(n, int) and n > 0 for n in shape) or dtype not in ("float32", "float64", "uint8"):
-        raise UnsafeModelError(f"{path}: its observation space is no Box that can be rebuilt from text; pass --trust for a file of your own")
+    if (
+        not isinstance(shape, list)
+        or not all(isinstance(n, int) and n > 0 for n in shape)
+        or dtype not in ("float32", "float64", "uint8")
+    ):
+        raise UnsafeModelError(
+            f"{path}: its observation space is no Box that can be rebuilt from text; pass --trust for a file of your own"
+        )
     if dtype == "uint8":
         return spaces.Box(0, 255, tuple(shape), np.uint8)
     return spaces.Box(-np.inf, np.inf, tuple(shape), np.dtype(dtype).type)
@@ -168,7 +200,9 @@ def _action_space(path: Path, text: dict[str, Any]) -> spaces.Discrete:
     try:
         return spaces.Discrete(int(text["n"]), start=int(text.get("start", 0)))
     except (KeyError, ValueError, TypeError, AssertionError):
-        raise UnsafeModelError(f"{path}: its action space is no Discrete that can be rebuilt from text; continuous actions have no view yet") from None
+        raise UnsafeModelError(
+            f"{path}: its action space is no Discrete that can be rebuilt from text; continuous actions have no view yet"
+        ) from None
 
 
 def _policy_class(path: Path, kind: Any, text: Any) -> Any:
@@ -178,7 +212,9 @@ def _policy_class(path: Path, kind: Any, text: Any) -> Any:
             # Python 3.13 strips the indentation of docstrings that older versions keep.
             if policy.__module__ == text.get("__module__") and inspect.getdoc(policy) == inspect.cleandoc(text["__doc__"]):
                 return policy
-    raise UnsafeModelError(f"{path}: its policy class is not one of {kind.__name__}'s own; pass the right --algo, or --trust for a file of your own")
+    raise UnsafeModelError(
+        f"{path}: its policy class is not one of {kind.__name__}'s own; pass the right --algo, or --trust for a file of your own"
+    )
 
 
 def _known_text(path: Path, key: str, value: Any) -> Any:
