@@ -33,7 +33,10 @@ class LinearRule(nn.Module):
 def balancer(n_frames: int = 1, gain: float = 10.0) -> PolicyView:
     """The balancing rule on the mean of the stacked frames."""
     return PolicyView.from_torch(
-        LinearRule(gain * np.tile(BALANCE, n_frames) / n_frames), kind="logits", observation_shape=(4 * n_frames,), n_frames=n_frames
+        LinearRule(gain * np.tile(BALANCE, n_frames) / n_frames),
+        kind="logits",
+        observation_shape=(4 * n_frames,),
+        n_frames=n_frames,
     )
 
 

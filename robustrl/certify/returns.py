@@ -300,10 +300,18 @@ def episode_budget(noise: Noise, threat: ThreatModel, *, horizon: int, n_feature
     Returns:
         episode budget in the mechanism's norm.
     Raises:
-        ValueError: if the mechanism has no bound for that threat.
+        ValueError: if the mechanism has no bound for that threat, or the threat reaches features that carry no noise.
     """
     noise.require("episode")
     horizon, n_features = check_count("horizon", horizon), check_count("n_features", n_features)
+    if noise.protected is not None:
+        noisy = np.array(noise.protected)
+        attackable = (
+            np.ones((1, noisy.size), dtype=bool) if threat.mask is None else np.array(threat.mask).reshape(-1, noisy.size)
+        )
+        bare = np.flatnonzero((attackable & ~noisy).any(axis=0)).tolist()
+        if bare:
+            raise ValueError(f"the threat's mask must leave out features {bare}, which carry no noise in {noise}")
     return noise.covering_budget(threat.norm, step=threat.step, episode=threat.episode, horizon=horizon, n_features=n_features)
 
 

@@ -65,7 +65,9 @@ def test_every_delivery_passes_the_ledger(dtype: torch.dtype, size: float) -> No
         delivered = deliver(frames, delta, radius)
         assert delivered.dtype == frames.dtype
         for i in range(0, n, 50):
-            Ledger(ThreatModel(norm=2, episode=float(radius[i])), 1).charge(frames[i : i + 1].numpy(), delivered[i : i + 1].numpy())
+            Ledger(ThreatModel(norm=2, episode=float(radius[i])), 1).charge(
+                frames[i : i + 1].numpy(), delivered[i : i + 1].numpy()
+            )
         assert bool((row_norms(delivered.double() - frames.double()) <= radius).all())
 
 

@@ -44,7 +44,9 @@ def context(
     """The first step of episodes, or a later one if `seen` holds the past frames (n, k - 1, *frame)."""
     stack = start_stack(frames, policy.n_frames, padding) if seen is None else torch.cat((seen, frames[:, None]), dim=1)
     allowance = torch.as_tensor(budget, dtype=torch.float64).expand(len(frames)).clone()
-    return AttackContext(policy, noise, stack, stack.clone(), allowance, seen is None, padding, torch.Generator().manual_seed(seed))
+    return AttackContext(
+        policy, noise, stack, stack.clone(), allowance, seen is None, padding, torch.Generator().manual_seed(seed)
+    )
 
 
 def frames_of(n: int, seed: int = 0, size: int = 4) -> torch.Tensor:
@@ -82,7 +84,9 @@ def test_minimal_flip_finds_the_least_norm_up_to_its_bisection() -> None:
     assert bool((spent[within] >= least[within] - 1e-6).all())
 
 
-@pytest.mark.parametrize("noise", [Gaussian(0.3), Uniform(0.4), Laplace(0.2), Gaussian((0.1, 0.2, 0.3, 0.4))], ids=lambda n: n.scale)
+@pytest.mark.parametrize(
+    "noise", [Gaussian(0.3), Uniform(0.4), Laplace(0.2), Gaussian((0.1, 0.2, 0.3, 0.4))], ids=lambda n: n.scale
+)
 def test_pgd_flips_the_mean_over_its_noise_draws_at_the_least_norm(noise: Noise) -> None:
     """The mean of a linear rule over draws is the rule at the mean draw."""
     x, step, attack = frames_of(100), 0.02, SmoothedPGD(draws=16, step_size=0.02)
@@ -327,7 +331,9 @@ def test_noise_that_is_not_additive_is_refused(attack: FlipAttack, noise: Noise)
         (MinimalFlip, {"confidence": "half"}, TypeError, "confidence must be"),
     ],
 )
-def test_bad_settings_are_refused(kind: type[FlipAttack], settings: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_settings_are_refused(
+    kind: type[FlipAttack], settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         kind(**settings)
 

@@ -113,7 +113,9 @@ def test_clean_means_are_the_closed_form() -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "attack"), [(on_the_sum(), Spread(BUDGET)), (on_the_first_frame(), AtStep(0))], ids=["even on the sum", "burst at first"]
+    ("policy", "attack"),
+    [(on_the_sum(), Spread(BUDGET)), (on_the_first_frame(), AtStep(0))],
+    ids=["even on the sum", "burst at first"],
 )
 def test_the_right_allocation_attains_the_bound_and_does_not_cross_it(policy: PolicyView, attack: Attack) -> None:
     mean, upper = mean_under(policy, attack)
@@ -202,7 +204,9 @@ def cartpole(request: pytest.FixtureRequest) -> tuple[PolicyView, EnvRecipe, Epi
     return policy, recipe, certify_policy(policy, recipe, BUDGETS, 2_000)
 
 
-@pytest.mark.parametrize("attack", [SmoothedPGD(draws=8, step_size=0.05), MinimalFlip(draws=8, bisections=6)], ids=["pgd", "flip"])
+@pytest.mark.parametrize(
+    "attack", [SmoothedPGD(draws=8, step_size=0.05), MinimalFlip(draws=8, bisections=6)], ids=["pgd", "flip"]
+)
 def test_no_attack_on_cartpole_gets_below_the_certificate(cartpole: Any, attack: Attack) -> None:
     policy, recipe, certificate = cartpole
     means = []
@@ -224,5 +228,11 @@ def test_a_certificate_that_is_too_high_is_caught(cartpole: Any) -> None:
     forged = replace(certificate, values=np.full(len(BUDGETS), 99.0))
     with pytest.raises(CertificateViolationError, match=r"below the certified 99: the certificate, the attack's accounting"):
         attack_policy(
-            policy, recipe, MinimalFlip(draws=8, bisections=6), ThreatModel(norm=2, episode=0.8), 60, certificate=forged, chunk_size=60
+            policy,
+            recipe,
+            MinimalFlip(draws=8, bisections=6),
+            ThreatModel(norm=2, episode=0.8),
+            60,
+            certificate=forged,
+            chunk_size=60,
         )

@@ -19,6 +19,7 @@ from robustrl.certify.returns import (
     certify_return,
     certify_success,
     episode_budget,
+    mean_upper_bound,
     plug_in_return,
 )
 from robustrl.noise import Ablation, Gaussian, Laplace, Noise, Splitting, Uniform
@@ -532,3 +533,24 @@ def test_other_statistics_share_the_refusals(function: Any) -> None:
         function(*evidence, UNIT, 0.1, alpha=0.6)
     with pytest.raises(ValueError, match="scope"):
         function(*evidence, Inputless(1.0), 0.1)
+
+
+def test_a_threat_that_reaches_features_without_noise_has_no_budget() -> None:
+    noise = Gaussian([0.2, 0.0])
+    with pytest.raises(ValueError, match=r"leave out features \[1\]"):
+        episode_budget(noise, ThreatModel(norm=2, episode=1.0), horizon=10, n_features=2)
+    masked = ThreatModel(norm=2, episode=1.0, mask=(True, False))
+    assert episode_budget(noise, masked, horizon=10, n_features=2) == 1.0
+
+
+@pytest.mark.parametrize("law", ["uniform", "atoms"])
+def test_the_upper_bound_of_the_mean_covers_and_is_not_vacuous(law: str) -> None:
+    rng, misses, widths = np.random.default_rng(3), 0, []
+    for _ in range(200):
+        returns = rng.uniform(0, 200, 300) if law == "uniform" else rng.choice([8.0, 200.0], 300, p=[0.1, 0.9])
+        truth = 100.0 if law == "uniform" else 0.1 * 8 + 0.9 * 200
+        upper = mean_upper_bound(returns, 200, alpha=0.05)
+        misses += upper < truth
+        widths.append(upper - truth)
+    assert misses <= 200 * 0.05 + 3 * (200 * 0.05 * 0.95) ** 0.5
+    assert np.mean(widths) < 20

@@ -46,7 +46,9 @@ class OwnPolicy(ActorCriticPolicy):
 
 
 def model(algorithm: Any = PPO, policy: Any = "MlpPolicy", env: Any = "CartPole-v1", **options: Any) -> Any:
-    settings = {"policy_kwargs": {"net_arch": [8]}, "device": "cpu", "seed": 0} | ({"buffer_size": 100} if algorithm in (DQN, SAC) else {})
+    settings = {"policy_kwargs": {"net_arch": [8]}, "device": "cpu", "seed": 0} | (
+        {"buffer_size": 100} if algorithm in (DQN, SAC) else {}
+    )
     return algorithm(policy, env, **(settings | options))
 
 
@@ -54,7 +56,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "ppo default": lambda: model(policy_kwargs=None),
     "ppo relu": lambda: model(policy_kwargs={"activation_fn": torch.nn.ReLU, "net_arch": {"pi": [16, 8], "vf": [4]}}),
     "ppo adamw": lambda: model(policy_kwargs={"optimizer_class": torch.optim.AdamW, "ortho_init": False}),
-    "ppo extractor": lambda: model(policy_kwargs={"features_extractor_class": FlattenExtractor, "share_features_extractor": False}),
+    "ppo extractor": lambda: model(
+        policy_kwargs={"features_extractor_class": FlattenExtractor, "share_features_extractor": False}
+    ),
     "ppo stacked": lambda: model(env=make_vec_env("CartPole-v1", noise=Gaussian(0.2), frame_stack=3)),
     "ppo schedules": lambda: model(clip_range=lambda left: 0.2 * left, clip_range_vf=lambda left: 0.1),
     "ppo trained": lambda: model(n_steps=16, batch_size=16, n_epochs=1).learn(32),
@@ -154,7 +158,15 @@ def opened(path: Path) -> Any:
 def test_code_planted_under_any_key_of_the_data_does_not_run(plain: dict[str, bytes], tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     code = base64.b64encode(cloudpickle.dumps(Planted(marker))).decode()
-    keys = [*json.loads(plain["data"]), "brand_new", "replay_buffer_class", "_vec_normalize_env", "env", "train_freq", "__class__"]
+    keys = [
+        *json.loads(plain["data"]),
+        "brand_new",
+        "replay_buffer_class",
+        "_vec_normalize_env",
+        "env",
+        "train_freq",
+        "__class__",
+    ]
     outcomes = []
     for key in keys:
         original = json.loads(plain["data"]).get(key)
@@ -230,7 +242,9 @@ def test_a_file_without_its_weights_is_refused(plain: dict[str, bytes], tmp_path
         ({"use_sde": [], "n_steps": "x"}, "weights do not fit"),
     ],
 )  # fmt: skip
-def test_contradictory_data_is_refused_by_name(plain: dict[str, bytes], tmp_path: Path, data: dict[str, Any], message: str) -> None:
+def test_contradictory_data_is_refused_by_name(
+    plain: dict[str, bytes], tmp_path: Path, data: dict[str, Any], message: str
+) -> None:
     path = written(tmp_path / "agent.zip", plain, **data)
     with pytest.raises(UnsafeModelError, match=message):
         load_model(path, device="cpu")

@@ -40,7 +40,9 @@ def test_means_and_budget() -> None:
 
 
 def test_an_upper_bound_below_the_certificate_raises_the_alarm() -> None:
-    with pytest.raises(CertificateViolationError, match=r"attack SmoothedPGD with budget 0\.6 got the mean return down to 100 "):
+    with pytest.raises(
+        CertificateViolationError, match=r"attack SmoothedPGD with budget 0\.6 got the mean return down to 100 "
+    ):
         report(certified=130.1)
     assert report(certified=130.0).certified == 130.0
     assert report(certified=None, upper=-5.0).certified is None
@@ -53,7 +55,10 @@ def test_the_table_has_a_line_per_report_and_says_what_it_is_not() -> None:
     assert lines[0].split() == ["attack", "budget", "episodes", "clean", "attacked", "upper", "certified", "spent"]
     assert lines[1].split() == ["SmoothedPGD", "0.6", "3", "196.67", "100.00", "130.00", "80.00", "0.500"]
     assert lines[2].split() == ["SmoothedPGD", "0.25", "3", "196.67", "100.00", "inf", "-", "0.500"]
-    assert lines[3] == "upper: 95% upper confidence bound of the attacked mean; an attack shows what is possible, not what is worst"
+    assert (
+        lines[3]
+        == "upper: 95% upper confidence bound of the attacked mean; an attack shows what is possible, not what is worst"
+    )
     assert report().table() == attack_table([report()])
     assert len(attack_table([]).splitlines()) == 2
 

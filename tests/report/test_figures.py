@@ -77,7 +77,9 @@ def test_curves_without_any_certified_value_and_below_zero_are_drawn() -> None:
     assert certificate_figure(success).axes[0].get_ylabel() == "success probability under attack"
 
 
-@pytest.mark.parametrize(("suffix", "magic"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml"), (".PNG", b"\x89PNG")])
+@pytest.mark.parametrize(
+    ("suffix", "magic"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml"), (".PNG", b"\x89PNG")]
+)
 def test_figures_are_written_in_the_asked_format(tmp_path: Path, suffix: str, magic: bytes) -> None:
     path = tmp_path / "deep" / f"figure{suffix}"
     save_figure(certificate_figure(certificate()), path)

@@ -88,9 +88,7 @@ def alone(job: Job, chunk: int, n: int, slot: int) -> tuple[float, int]:
 @pytest.mark.parametrize("engine", ["native", "list"])
 def test_every_slot_is_the_episode_it_would_have_been_alone(engine: str, n_frames: int, deterministic: bool) -> None:
     n, chunk = 24, 3
-    job = make_job(
-        balancer(n_frames), cartpole(n_frames), seed=5, chunk_size=n, engine=engine, deterministic=deterministic
-    )
+    job = make_job(balancer(n_frames), cartpole(n_frames), seed=5, chunk_size=n, engine=engine, deterministic=deterministic)
     together = run_chunk(job, chunk, n)
     assert len(set(together.lengths.tolist())) > 8  # slots end at many different steps
     for slot in range(n):
@@ -236,7 +234,8 @@ def test_both_engines_roll_out_the_same_law() -> None:
 def test_chunks_and_seeds_name_different_episodes_and_repeat() -> None:
     job = make_job(balancer(), cartpole(), chunk_size=30)
     runs = {
-        key: run_chunk(replace(job, seed=seed), chunk, 30) for key, (seed, chunk) in {"a": (0, 0), "b": (0, 1), "c": (1, 0)}.items()
+        key: run_chunk(replace(job, seed=seed), chunk, 30)
+        for key, (seed, chunk) in {"a": (0, 0), "b": (0, 1), "c": (1, 0)}.items()
     }
     assert same(runs["a"], run_chunk(job, 0, 30))
     for one, other in itertools.combinations(runs.values(), 2):
@@ -441,7 +440,8 @@ def test_factories_of_one_name_are_told_apart() -> None:
     assert identity(captured(3)) == identity(captured(3))
     assert "0x" not in "".join(identity(factory) for factory in factories)  # no addresses: they change from run to run
     one, other = (
-        make_job(balancer(), EnvRecipe(factory=functools.partial(make_steps, n), max_episode_steps=9, noise=NOISE)) for n in (3, 4)
+        make_job(balancer(), EnvRecipe(factory=functools.partial(make_steps, n), max_episode_steps=9, noise=NOISE))
+        for n in (3, 4)
     )
     assert one.fingerprint() != other.fingerprint()
 

@@ -148,7 +148,9 @@ def test_another_jobs_folder_is_never_used(tmp_path: Path) -> None:
 
 def test_a_factory_with_another_constant_is_another_experiment(tmp_path: Path) -> None:
     def job(rate: float) -> Job:
-        return make_job(balancer(), EnvRecipe(factory=lambda: Steps(rate=rate), max_episode_steps=40, noise=NOISE), chunk_size=15)
+        return make_job(
+            balancer(), EnvRecipe(factory=lambda: Steps(rate=rate), max_episode_steps=40, noise=NOISE), chunk_size=15
+        )
 
     collect(job(0.2), 15, folder=tmp_path)
     collect(job(0.2), 15, folder=tmp_path)
@@ -290,7 +292,13 @@ FLIP, BUDGET = MinimalFlip(draws=4), ThreatModel(norm=2, episode=0.5)
     ("policy", "recipe", "options", "error", "message"),
     [
         (balancer(2), cartpole(), {}, ValueError, "the policy stacks 2 frame.s., the environment recipe 1"),
-        (balancer(), EnvRecipe(env_id="MountainCar-v0"), {}, ValueError, r"frames of shape \(4,\), but MountainCar-v0 gives \(2,\)"),
+        (
+            balancer(),
+            EnvRecipe(env_id="MountainCar-v0"),
+            {},
+            ValueError,
+            r"frames of shape \(4,\), but MountainCar-v0 gives \(2,\)",
+        ),
         (balancer(), acting_in(spaces.Discrete(3)), {}, ValueError, "the policy has 2 actions, but .* takes Discrete"),
         (balancer(), acting_in(spaces.Discrete(2, start=1)), {}, ValueError, "the policy has 2 actions"),
         (balancer(), acting_in(spaces.MultiBinary(2)), {}, ValueError, "takes MultiBinary"),

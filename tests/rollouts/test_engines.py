@@ -183,7 +183,11 @@ def test_auto_takes_the_native_engine_for_an_unwrapped_cartpole_alone() -> None:
 )
 def test_a_changed_cartpole_under_an_id_of_its_own_is_not_taken_for_the_native_one(changes: dict[str, Any]) -> None:
     spec = gym.spec("CartPole-v1")
-    settings: dict[str, Any] = {"entry_point": spec.entry_point, "vector_entry_point": spec.vector_entry_point, "max_episode_steps": 50}
+    settings: dict[str, Any] = {
+        "entry_point": spec.entry_point,
+        "vector_entry_point": spec.vector_entry_point,
+        "max_episode_steps": 50,
+    }
     register("Changed-v0", **(settings | changes))
     try:
         assert make_engine(EnvRecipe(env_id="Changed-v0")).name == "list"
