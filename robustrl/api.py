@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -142,22 +143,26 @@ def certify_policy(
                 found = certify_return(returns, mechanism, [stop_at], method="betting", n_planned=episodes, **settings)
             else:
                 found = certify_return(returns, mechanism, grid, method=method, simultaneous=simultaneous, **settings)
-        return replace(found.with_provenance(**recorded), threat=threat)
+        return replace(found.with_provenance(**recorded), threat=threat if stop_at is None else None)
 
-    goal, budget = (
-        (None, None)
-        if until is None
-        else (check_real(f"until {name}", x) for name, x in zip(("value", "budget"), until, strict=True))
-    )
+    goal = budget = None
+    if until is not None:
+        if not isinstance(until, tuple | list) or len(until) != 2:
+            raise ValueError(f"until must be a pair (value, budget), got {until!r}")
+        goal, budget = check_real("until value", until[0]), check_real("until budget", until[1])
     # One made-up episode shows whatever is wrong with the arguments before hours of real ones.
     certify(np.array([0.0 if low is None else low]), budget)
     options: dict[str, Any] = {"n_workers": n_workers, "folder": out, "label": "certify", "progress": progress_bar}
-    n = episodes if goal is None else min(episodes, job.chunk_size)
-    while True:
-        certificate = certify(collect(job, n, **options).returns, budget)
-        if goal is None or certificate.values[0] >= goal or n == episodes:
-            return certificate
-        n = min(episodes, 2 * n)
+    if goal is None:
+        return certify(collect(job, episodes, **options).returns)
+    with tempfile.TemporaryDirectory() as waves:  # a later wave must hold the very episodes of the earlier ones
+        options["folder"] = waves if out is None else out
+        n = min(episodes, job.chunk_size)
+        while True:
+            certificate = certify(collect(job, n, **options).returns, budget)
+            if certificate.values[0] >= goal or n == episodes:
+                return certificate
+            n = min(episodes, 2 * n)
 
 
 def attack_policy(
@@ -290,6 +295,7 @@ def verify_certificate(
     """
     found = certificate if isinstance(certificate, Certificate) else Certificate.load(certificate)
     found.verify()
+    _check_return_low(found)
     if model is None:
         return Verification(found)
     if not isinstance(found, EpisodeCertificate):
@@ -389,14 +395,16 @@ def _stacks(shape: tuple[int, ...], n_frames: int, frame: tuple[int, ...]) -> bo
 def _budget_grid(recipe: EnvRecipe, budgets: Any) -> tuple[Any, dict[str, Any] | None]:
     """Episode budgets in the noise's norm, and the threat models they stand for."""
     threats = [budgets] if isinstance(budgets, ThreatModel) else budgets
-    if not isinstance(threats, list | tuple) or not threats or not all(isinstance(t, ThreatModel) for t in threats):
+    if not isinstance(threats, list | tuple) or not any(isinstance(t, ThreatModel) for t in threats):
         return budgets, None
+    if not all(isinstance(t, ThreatModel) for t in threats):
+        raise TypeError("budgets must be numbers or ThreatModels, got a mixture of both")
     assert recipe.noise is not None
-    if any(t.units != "raw" or t.mask is not None for t in threats):
-        raise ValueError("threat models must be in raw units and without a mask to be converted into episode budgets")
-    n_features = int(np.prod(recipe.frame_space.shape))
-    grid = [episode_budget(recipe.noise, t, horizon=recipe.horizon, n_features=n_features) for t in threats]
-    return grid, {"converted_from": [t.to_dict() for t in threats]}
+    if any(t.units != "raw" for t in threats):
+        raise ValueError("threat models must be in raw units to be converted into episode budgets")
+    sizes = {"horizon": recipe.horizon, "n_features": int(np.prod(recipe.frame_space.shape))}
+    grid = [episode_budget(recipe.noise, t, **sizes) for t in threats]
+    return grid, {"converted_from": [t.to_dict() for t in threats], **sizes}
 
 
 def _certified(certificate: EpisodeCertificate, job: Job, threat: ThreatModel) -> float | None:
@@ -413,6 +421,21 @@ def _certified(certificate: EpisodeCertificate, job: Job, threat: ThreatModel) -
             raise ValueError(f"the certificate is for another agent or environment: its {name} differs")
     n_features = int(np.prod(job.recipe.frame_space.shape))
     return certificate.value_at(episode_budget(certificate.noise, threat, horizon=job.recipe.horizon, n_features=n_features))
+
+
+def _check_return_low(certificate: Certificate) -> None:
+    """Where the environment's sure lower bound is known, a certificate may not assume a higher one."""
+    recipe = certificate.provenance.get("recipe")
+    if not isinstance(certificate, EpisodeCertificate) or certificate.return_low is None or not isinstance(recipe, dict):
+        return
+    try:
+        low = known_return_bounds(EnvRecipe.from_dict(recipe))[0]
+    except (TypeError, ValueError):  # a factory, a wrapper, or an id that is not registered here: nothing is known
+        return
+    if low is not None and certificate.return_low > low:
+        raise CertificateError(
+            f"field 'return_low' is {certificate.return_low:g}, but an episode may return as little as {low:g}"
+        )
 
 
 def _recorded_job(certificate: EpisodeCertificate, model: Any, env: Any) -> Job:

@@ -87,6 +87,20 @@ class ThreatModel:
             raise ValueError(f"mask of {mask.size} entries does not fit frames of shape {frame_shape}")
         return np.broadcast_to(mask, frame_shape)
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ThreatModel:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: if it is no threat model.
+        """
+        fields = dict(data)
+        try:
+            norm, mask = fields.pop("norm"), fields.pop("mask")
+            return cls(math.inf if norm == "inf" else norm, mask=None if mask is None else tuple(mask), **fields)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a threat model: {error}") from None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a certificate or report."""
         norm = "inf" if self.norm == math.inf else self.norm

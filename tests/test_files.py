@@ -23,7 +23,9 @@ def test_a_file_is_written_and_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace", "write"])
-@pytest.mark.parametrize("kind", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=["full", "interrupted"])
+@pytest.mark.parametrize(
+    "kind", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=["full", "interrupted"]
+)
 def test_whatever_goes_wrong_the_old_file_stays_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, kind: BaseException
 ) -> None:
@@ -86,9 +88,9 @@ def test_writers_side_by_side_do_not_share_a_part(tmp_path: Path) -> None:
 
 def test_a_target_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError):  # noqa: PT011
+    with pytest.raises(OSError):
         write_atomically(tmp_path / "folder", b"x")
     (tmp_path / "file").write_bytes(b"x")
-    with pytest.raises(OSError):  # noqa: PT011
+    with pytest.raises(OSError):
         write_atomically(tmp_path / "file" / "below", b"x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]

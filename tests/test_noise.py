@@ -111,10 +111,11 @@ def test_laplace_worst_case_is_pure_differential_privacy() -> None:
 
 @pytest.mark.parametrize(("keep", "frames"), [(0.25, 0), (0.25, 1), (0.25, 3), (0.9, 2), (1e-3, 500)])
 def test_ablation_worst_case_counts_whole_frames(keep: float, frames: int) -> None:
-    """P(an altered frame is ever shown) <= 1 - (1 - keep)^r; fractions of a frame buy nothing."""
+    """P(an altered frame is ever shown) <= 1 - (1 - keep)^r; a fraction of a frame counts as a whole one."""
     shown = 1 - (1 - keep) ** frames
     assert float(Ablation(keep).lower(1.0, frames)) == pytest.approx(1 - shown, rel=1e-12)
-    assert float(Ablation(keep).lower(0.9, frames + 0.999)) == pytest.approx(max(0.9 - shown, 0), abs=1e-12)
+    one_more = 1 - (1 - keep) ** (frames + 1)
+    assert float(Ablation(keep).lower(0.9, frames + 0.001)) == pytest.approx(max(0.9 - one_more, 0), abs=1e-12)
 
 
 def test_ablation_radius_leaves_no_tie() -> None:
@@ -688,3 +689,17 @@ def test_frames_that_cannot_carry_noise_are_refused(
 ) -> None:
     with pytest.raises(kind, match=message):
         noise.perturb(x, generator)
+
+
+def test_splitting_hides_a_step_near_zero_however_large_the_range() -> None:
+    """One float32 step of x near 0 must not become one step of `low`, 8000 times larger."""
+    noise, x = Splitting(0.001, low=-10.0, high=10.0), np.float32(0.0010008811)
+    frames = [np.full((300, 2000), v, np.float32) for v in (x, np.nextafter(x, np.float32(1)))]
+    clean, attacked = (noise.perturb(frame, np.random.default_rng(1)).astype(float) for frame in frames)
+    assert np.mean(np.any(clean != attacked, axis=1)) < 0.05
+
+
+def test_a_budget_of_frames_is_never_rounded_down() -> None:
+    noise = Ablation(0.05)
+    assert noise.lower(1.0, 0.29 * 100) == noise.lower(1.0, 29)
+    assert noise.lower(1.0, 28.5) == noise.lower(1.0, 29)

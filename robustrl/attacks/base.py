@@ -27,6 +27,7 @@ class AttackContext:
         clean_stack: true frames (n, k, *frame), newest last.
         seen_stack: past frames as the agent saw them, attacked and noisy; the newest is still clean.
         allowance: largest norm of this step's perturbation, float64 (n,).
+        attackable: 1 for entries of a frame that may be changed, else 0; shape (*frame).
         first_step: whether the episode starts here; then a frame stack with "reset" padding repeats the newest frame.
         padding: how an episode's first stack is filled.
         generator: the attacker's own random stream.
@@ -37,6 +38,7 @@ class AttackContext:
     clean_stack: Tensor
     seen_stack: Tensor
     allowance: Tensor
+    attackable: Tensor
     first_step: bool
     padding: Padding
     generator: torch.Generator

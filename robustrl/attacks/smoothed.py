@@ -53,10 +53,9 @@ class FlipAttack(Attack):
     def check(self, policy: PolicyView, threat: ThreatModel, noise: Noise | None) -> None:
         if threat.norm != 2:
             raise ValueError(f"{type(self).__name__} spends l2 budgets; threat.norm must be 2, got {threat.norm}")
-        if threat.units != "raw" or threat.mask is not None:
-            raise ValueError(
-                f"{type(self).__name__} attacks all entries in raw units; got units={threat.units!r}, mask={threat.mask}"
-            )
+        if threat.units != "raw":
+            raise ValueError(f"{type(self).__name__} attacks in raw units; got units={threat.units!r}")
+        threat.attackable(policy.frame_shape)
         if math.isinf(min(limit for limit in (threat.step, threat.episode) if limit is not None)):
             raise ValueError(f"{type(self).__name__} needs a finite budget, got step={threat.step}, episode={threat.episode}")
         if not isinstance(noise, Gaussian | Uniform | Laplace | None):
@@ -156,7 +155,7 @@ class SmoothedPGD(FlipAttack):
                 break
             loss = torch.nn.functional.cross_entropy(scores, some.targets, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, point)
-            moved = project_l2(delta[trying] - self.step_size * unit(gradient), radius[trying])
+            moved = project_l2(delta[trying] - self.step_size * unit(gradient * context.attackable), radius[trying])
             go_on &= row_norms(moved - delta[trying]) > 1e-4 * self.step_size
             delta[trying[go_on]] = moved[go_on]
             trying, step = trying[go_on], step + 1
@@ -203,7 +202,7 @@ class MinimalFlip(FlipAttack):
             target = scores.gather(2, some.targets[:, None, None].expand(-1, scores.shape[1], 1)).squeeze(2)
             others = scores.scatter(2, some.targets[:, None, None].expand(-1, scores.shape[1], 1), -math.inf).amax(2)
             (gradient,) = torch.autograd.grad((target - others).sum(), point)
-            direction = unit(gradient)
+            direction = unit(gradient * context.attackable)
             lost &= row_norms(direction) > 0
             full[trying[lost]] = (direction * per_row(radius, direction))[lost]
             trying = trying[lost]

@@ -27,6 +27,7 @@ from robustrl.certify.storage import (
 from robustrl.errors import CertificateError, check_alpha, check_choice, check_count, check_real
 from robustrl.files import write_atomically
 from robustrl.noise import Noise, noise_from_dict
+from robustrl.threat import ThreatModel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,10 +44,11 @@ def standard_exclusions(noise: Noise, *, pointwise: bool = False, anytime: bool 
         "Attackers who see the noise of the current step before they act.",
         "Changes to the environment's state, dynamics or rewards.",
         "Policies, settings and environments other than the one that was rolled out.",
+        "A choice among several certificates: the best of several seeds, checkpoints or noise levels.",
         "Floating point: noise and proof are those of real arithmetic.",
     ]
-    if not anytime:
-        sentences.append("Stopping, dropping or adding episodes after a look at their returns.")
+    looked = "Dropping episodes or choosing n_planned" if anytime else "Stopping, dropping or adding episodes"
+    sentences.append(f"{looked} after a look at their returns.")
     if pointwise:
         sentences.append("Several budgets at once: every row holds with the stated confidence on its own.")
     return (*sentences, *(f"{caveat[0].upper()}{caveat[1:]}." for caveat in noise.caveats))
@@ -307,16 +309,37 @@ class EpisodeCertificate(Certificate):
         for name in ("method", "simultaneous", "n", "n_planned", "return_low", "return_high"):
             if getattr(self, name) != getattr(fresh, name):
                 raise CertificateError(f"field {name!r} is {getattr(self, name)!r}; recomputed: {getattr(fresh, name)!r}")
-        # Other builds of the special functions differ in the last digits; nobody gains a certificate from those.
-        span = 1.0 if isinstance(self.evidence, int) else float(np.abs(self.evidence).max())
-        tolerance = 1e-10 * max(span, abs(self.return_low or 0.0))
+        low = self.return_low or 0.0
         for name in ("plug_in", "values"):
             stated, recomputed = getattr(self, name), getattr(fresh, name)
-            if not np.allclose(stated, recomputed, rtol=0, atol=tolerance, equal_nan=True):
+            # Other builds of the special functions differ in the last digits of what is added to the lower bound; the
+            # tolerance must not grow with the evidence, whose largest return may be far above what is certified.
+            tolerance = 1e-9 * np.abs(recomputed - low) + 1e-13 * (abs(low) + 1)
+            same = (np.abs(stated - recomputed) <= tolerance) | (np.isnan(stated) & np.isnan(recomputed))
+            if not same.all():
                 raise CertificateError(f"field {name!r} is {stated}; recomputed from the evidence: {recomputed}")
         omitted = [sentence for sentence in fresh.not_covered if sentence not in self.not_covered]
         if omitted:
             raise CertificateError(f"field 'not_covered' leaves out: {omitted[0]}")
+        recipe_noise = (self.provenance.get("recipe") or {}).get("noise")
+        if recipe_noise is not None and recipe_noise != plain_data("noise", self.noise.to_dict()):
+            raise CertificateError(f"field 'noise' is {self.noise}, but the recorded environment adds {recipe_noise}")
+        if self.threat is not None:
+            self._verify_threat()
+
+    def _verify_threat(self) -> None:
+        """Convert the stated threat models again; their budgets must be the certificate's."""
+        from robustrl.certify.returns import episode_budget
+
+        assert self.threat is not None
+        try:
+            threats = [ThreatModel.from_dict(item) for item in self.threat["converted_from"]]
+            sizes = {name: self.threat[name] for name in ("horizon", "n_features")}
+            budgets = np.array([episode_budget(self.noise, item, **sizes) for item in threats])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CertificateError(f"field 'threat' cannot be converted into budgets: {error}") from None
+        if budgets.shape != self.budgets.shape or not np.allclose(budgets, self.budgets, rtol=1e-12, atol=0):
+            raise CertificateError(f"field 'threat' stands for the budgets {budgets}, not for {self.budgets}")
 
     @property
     def estimand(self) -> str:
@@ -329,9 +352,16 @@ class EpisodeCertificate(Certificate):
         scope = "all budgets at once" if self.simultaneous else "each budget on its own (pointwise)"
         stop = f", stopped at will before {self.n_planned}" if self.anytime else ""
         norm = f"l{self.noise.norm:g} budget"
+        known = [
+            f"{name} {value:g}"
+            for name, value in (("at least", self.return_low), ("at most", self.return_high))
+            if value is not None
+        ]
+        sure = [f"taken as sure: every episode returns {' and '.join(known)}"] if known and self.statistic == "mean" else []
         lines = [
             f"Certified {self.estimand}, {self.noise.scale}",
             f"confidence {self.confidence}, {scope}; n = {self.n} episodes{stop}; method {self.method}",
+            *sure,
             f"{norm:>12}  {'certified':>12}  {'plug-in':>12}",
         ]
         for row in zip(self.budgets, self.values, self.plug_in, strict=True):

@@ -104,6 +104,8 @@ def certify_return(
             )
         n_planned = check_count("n_planned", n_planned, least=sample.size)
 
+    if method in ("hybrid", "betting"):
+        _refuse_sorted(sample)
     plug_in = plug_in_return(sample, noise, budgets, low)
     share = max(1, np.unique(budgets[np.isfinite(budgets)]).size) if simultaneous else 1
 
@@ -353,6 +355,16 @@ def _sure_rank(n: int, level: float, alpha: float) -> int:
     while k > 0 and binom.cdf(k - 1, n, level) > alpha:
         k -= 1
     return k
+
+
+def _refuse_sorted(sample: Floats) -> None:
+    """Betting needs the order in which the episodes were run; sorted returns would make it see the future."""
+    steps = np.diff(sample)
+    if sample.size >= 20 and np.unique(sample).size >= 5 and (np.all(steps >= 0) or np.all(steps <= 0)):
+        raise ValueError(
+            "returns must be in run order, got them sorted: the methods 'hybrid' and 'betting' would be invalid; "
+            "pass them as they were rolled out, or permute them with a seed fixed beforehand"
+        )
 
 
 def _check_budgets(budgets: ArrayLike) -> Floats:

@@ -82,6 +82,11 @@ class EnvRecipe:
         elif isinstance(env, str):
             recipe = cls(env_id=env)
         elif isinstance(env, EnvSpec):
+            registered = find_spec(env.id)
+            if env.entry_point != registered.entry_point:
+                raise ValueError(
+                    f"the spec of {env.id} was changed (another entry point than the registered one): register it under its own id"
+                )
             if env.additional_wrappers:
                 raise ChainError(f"the spec of {env.id} lists wrappers; pass them as wrappers= of an EnvRecipe instead")
             recipe = cls(env_id=env.id, env_kwargs=dict(env.kwargs), max_episode_steps=env.max_episode_steps)

@@ -109,9 +109,11 @@ class Splitting(TotalVariationL1):
             raise ValueError("fresh must be True: past observations reveal a reused split, so no certificate holds for it")
 
     def split(self, x: Frames, s: Frames) -> Frames:
-        """The splitting map for offsets `s` in [0, 2 lam), shape of `x`; computed in the wider of the two precisions."""
+        """The splitting map for offsets `s` in [0, 2 lam), shape of `x`; computed in the precision of the offsets."""
         xp, width = namespace(x), 2 * self.lam
-        cell = xp.ceil((xp.clip(x, self.low, self.high) - self.low - s) / width)
+        # Widened first: x - low in single precision has the resolution of low, which an attacker near 0 gets for nothing.
+        wide = x.astype(s.dtype) if isinstance(x, np.ndarray) else x.to(s.dtype)
+        cell = xp.ceil((xp.clip(wide, self.low, self.high) - self.low - s) / width)
         top = xp.clip(width * cell + s + self.low, self.low, self.high)
         bottom = xp.clip(width * (cell - 1) + s + self.low, self.low, self.high)
         return rounded((top + bottom) / 2, x)
@@ -152,7 +154,7 @@ class Ablation(TotalVariation):
         return shown
 
     def shift(self, budget: ArrayLike) -> Floats:
-        frames = np.floor(check_budget("budget", budget))
+        frames = np.ceil(check_budget("budget", budget) - 1e-9)  # 28.999999999999996 frames are meant to be 29
         return -np.expm1(frames * math.log1p(-self.keep))
 
     def radius(self, p_lower: float, p_upper: float | None = None) -> float:

@@ -124,6 +124,9 @@ def run_chunk(job: Job, chunk: int, n: int) -> Episodes:
     # The attacker differentiates a frozen copy: the user's model keeps its gradients and its training mode.
     victim = None if job.attack is None else copy.deepcopy(job.policy).eval().requires_grad_(False)
 
+    attackable = torch.ones(())
+    if job.threat is not None:
+        attackable = torch.from_numpy(job.threat.attackable(policy.frame_shape).astype(np.float32)).to(device)
     returns, lengths = np.zeros(n), np.zeros(n, dtype=np.int64)
     slots = np.arange(n)
     try:
@@ -145,6 +148,7 @@ def run_chunk(job: Job, chunk: int, n: int) -> Episodes:
                     seen_stack=start_stack(frames, recipe.frame_stack, recipe.stack_padding)
                     if stack is None
                     else push_frame(stack, frames),
+                    attackable=attackable,
                     allowance=torch.from_numpy(ledger.allowance[slots]).to(device),
                     first_step=stack is None,
                     padding=recipe.stack_padding,

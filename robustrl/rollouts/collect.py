@@ -6,15 +6,16 @@ import os
 from functools import partial
 from typing import Any
 
+import numpy as np
 from gymnasium.spaces import Discrete
 
 from robustrl.attacks.base import Attack
 from robustrl.envs.recipe import EnvRecipe
-from robustrl.errors import WorkerError, check_count
+from robustrl.errors import ChunkError, WorkerError, check_count
 from robustrl.policy import PolicyView
 from robustrl.rollouts.chunk import Episodes, Job, run_chunk
-from robustrl.rollouts.engines import make_engine
-from robustrl.rollouts.executor import Executor, LocalExecutor
+from robustrl.rollouts.engines import make_engine, refuse_unseeded
+from robustrl.rollouts.executor import Executor, LocalExecutor, one_thread
 from robustrl.rollouts.progress import progress_bar
 from robustrl.rollouts.store import ChunkStore
 from robustrl.threat import ThreatModel
@@ -58,6 +59,8 @@ def make_job(
         attack.check(policy, threat, recipe.noise)
     probe = make_engine(recipe, engine)
     probe.close()
+    if probe.name == "list":
+        refuse_unseeded(recipe)
     default = probe.default_chunk if attack is None else min(probe.default_chunk, ATTACK_CHUNK)
     size = default if chunk_size is None else check_count("chunk_size", chunk_size)
     return Job(policy, recipe, int(seed), size, probe.name, bool(deterministic), attack, threat)
@@ -95,6 +98,8 @@ def collect(
     sizes = [min(job.chunk_size, episodes - start) for start in range(0, episodes, job.chunk_size)]
     parts: list[Episodes | None] = [None if store is None else store.load(i, n) for i, n in enumerate(sizes)]
     missing = [i for i, part in enumerate(parts) if part is None]
+    if store is not None and len(missing) < len(parts):
+        _check_stored(job, store, parts)
     runner = executor or LocalExecutor(min(n_workers, max(1, len(missing))))
     with progress_bar(label, episodes, visible=progress) as advance:
         advance(sum(len(part) for part in parts if part is not None))
@@ -107,6 +112,18 @@ def collect(
     if len(done) < len(parts):
         raise WorkerError(f"{type(runner).__name__} returned only {len(done)} of {len(parts)} chunks")
     return Episodes.concatenate(done)
+
+
+def _check_stored(job: Job, store: ChunkStore, parts: list[Episodes | None]) -> None:
+    """Play one stored chunk again: neither the environment's code nor the libraries may have changed since it was written."""
+    chunk, stored = next((i, part) for i, part in enumerate(parts) if part is not None)
+    with one_thread():
+        again = run_chunk(job, chunk, len(stored))
+    if not np.array_equal(stored.returns, again.returns) or not np.array_equal(stored.lengths, again.lengths):
+        raise ChunkError(
+            f"{store.folder} holds episodes that come out differently now (chunk {chunk} was played again): the environment, the "
+            "policy's code, a library or the processor changed since; choose another folder"
+        )
 
 
 def _run(job: Job, task: tuple[int, int]) -> Any:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from robustrl.envs.recipe import EnvRecipe, find_spec
 from robustrl.envs.single import RewardProbe
-from robustrl.errors import check_choice
+from robustrl.errors import ChainError, check_choice
 from robustrl.seeding import integer_seed, slot_seeds
 
 ENGINES = ("auto", "native", "list")
@@ -161,3 +161,21 @@ def make_engine(recipe: EnvRecipe, engine: str = "auto") -> Engine:
     if engine == "native" and not native:
         raise ValueError(f"engine='native' is not available for {recipe.label}: only an unwrapped CartPole has one; use 'list'")
     return NativeCartPole(recipe) if native and engine != "list" else EnvList(recipe)
+
+
+def refuse_unseeded(recipe: EnvRecipe) -> None:
+    """Raise ChainError for an environment that ignores `reset(seed=)`: its episodes would be copies of each other.
+
+    A probe of first frames: two fresh environments under different seeds start alike, although one environment does not
+    start alike twice.
+    """
+    one, other = recipe.base_env(), recipe.base_env()
+    try:
+        first, second = one.reset(seed=1)[0], other.reset(seed=2)[0]
+        if np.array_equal(first, second) and not np.array_equal(first, one.reset()[0]):
+            raise ChainError(
+                f"{recipe.label} ignores reset(seed=...): every episode would be the same; pass the seed on to its generator"
+            )
+    finally:
+        one.close()
+        other.close()

@@ -24,7 +24,7 @@ def g(noise: Noise, survival: np.ndarray, budget: float) -> np.ndarray:
     if isinstance(noise, Laplace):
         return np.maximum(s * np.exp(-budget / noise.b), 1 - (1 - s) * np.exp(budget / noise.b))
     assert isinstance(noise, Ablation)
-    return np.maximum(s - 1 + (1 - noise.keep) ** np.floor(budget), 0)
+    return np.maximum(s - 1 + (1 - noise.keep) ** np.ceil(budget), 0)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import pytest
 
 from robustrl import files
 from robustrl.certify.certificate import Certificate, EpisodeCertificate
-from robustrl.certify.returns import METHODS, certify_quantile, certify_return, certify_success
+from robustrl.certify.returns import METHODS, certify_quantile, certify_return, certify_success, episode_budget
 from robustrl.certify.storage import digest
 from robustrl.errors import CertificateError
 from robustrl.noise import Ablation, Gaussian, Laplace, Splitting, Uniform
@@ -45,7 +45,12 @@ CERTIFICATES = {
     "splitting": lambda: certify_return(sample(), Splitting(0.5), BUDGETS, return_low=0),
     "ablation": lambda: certify_return(sample(), Ablation(0.1), [0, 1, 2], return_low=0),
     "everything": lambda: dataclasses.replace(
-        mean_certificate(), threat=ThreatModel(norm=2, episode=0.5, mask=(True, False)).to_dict()
+        certify_return(sample(), Gaussian(0.5), [0.4], return_low=1),
+        threat={
+            "converted_from": [ThreatModel(norm=2, step=0.1, mask=(True, False)).to_dict()],
+            "horizon": 16,
+            "n_features": 2,
+        },
     ).with_provenance(
         policy_hash="ab" * 32, seed=7, chunk_size=64, recipe={"id": "CartPole-v1", "stack": None}, versions=["1.0", 2.5]
     ),
@@ -462,7 +467,8 @@ def test_table_says_what_it_holds() -> None:
         part in text for part in ("mean return", "Gaussian(sigma=0.5)", "95%", "n = 120", "all budgets at once", "hybrid")
     )
     assert all(part in text for part in ("l2 budget", "certified", "plug-in", "estimate"))
-    assert len(text.splitlines()) == 4 + len(BUDGETS)
+    assert len(text.splitlines()) == 5 + len(BUDGETS)
+    assert "taken as sure: every episode returns at least" in text
     assert "pointwise" in CERTIFICATES["pointwise"]().table()
     assert "stopped at will" in CERTIFICATES["anytime"]().table()
     assert "none" in CERTIFICATES["quantile"]().table()
@@ -497,7 +503,7 @@ def test_axes_are_labelled() -> None:
 
 def test_limits_of_the_certificate_are_listed() -> None:
     plain = mean_certificate().not_covered
-    assert len(plain) == 5
+    assert len(plain) == 6
     assert any("features [1]" in sentence for sentence in CERTIFICATES["per feature"]().not_covered)
     assert not any("Stopping" in sentence for sentence in CERTIFICATES["anytime"]().not_covered)
 
@@ -525,3 +531,33 @@ def test_limits_of_the_certificate_are_listed() -> None:
 def test_nonsense_cannot_be_put_into_a_certificate(changes: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
         dataclasses.replace(mean_certificate(), **changes)
+
+
+def test_a_huge_return_does_not_widen_the_tolerance_of_verify() -> None:
+    returns = np.concatenate([np.random.default_rng(0).uniform(0, 1, 999), [1e12]])
+    certificate = certify_return(returns, Gaussian(0.2), [0.0, 0.2], return_low=0)
+    certificate.verify()
+    with pytest.raises(CertificateError, match="values"):
+        dataclasses.replace(certificate, values=certificate.values + 1e-3).verify()
+
+
+def test_a_threat_must_stand_for_the_budgets() -> None:
+    threat = ThreatModel(norm=math.inf, step=0.001)
+    sizes = {"horizon": 200, "n_features": 4}
+    budget = episode_budget(Gaussian(0.5), threat, **sizes)
+    certificate = dataclasses.replace(
+        certify_return(sample(), Gaussian(0.5), [budget], return_low=1), threat={"converted_from": [threat.to_dict()], **sizes}
+    )
+    certificate.verify()
+    larger = {"converted_from": [ThreatModel(norm=math.inf, step=0.01).to_dict()], **sizes}
+    for forged in (larger, {"converted_from": []}, {**larger, "horizon": 1}, {"norm": 2}):
+        with pytest.raises(CertificateError, match="threat"):
+            dataclasses.replace(certificate, threat=forged).verify()
+
+
+def test_the_noise_must_be_the_recorded_environments() -> None:
+    certificate = certify_return(sample(), Gaussian(0.5), [0.1], return_low=1).with_provenance(
+        recipe={"noise": Gaussian(0.05).to_dict()}
+    )
+    with pytest.raises(CertificateError, match="noise"):
+        certificate.verify()

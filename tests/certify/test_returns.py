@@ -554,3 +554,12 @@ def test_the_upper_bound_of_the_mean_covers_and_is_not_vacuous(law: str) -> None
         widths.append(upper - truth)
     assert misses <= 200 * 0.05 + 3 * (200 * 0.05 * 0.95) ** 0.5
     assert np.mean(widths) < 20
+
+
+@pytest.mark.parametrize("method", ["hybrid", "betting"])
+def test_sorted_returns_are_refused_where_the_order_matters(method: str) -> None:
+    sample = np.sort(np.random.default_rng(0).uniform(size=400))
+    for ordered in (sample, sample[::-1]):
+        with pytest.raises(ValueError, match="run order"):
+            certify_return(ordered, Gaussian(0.2), 0.1, return_low=0, return_high=1, method=method)
+        assert certify_return(ordered, Gaussian(0.2), 0.1, return_low=0, return_high=1, method="band").values[0] > 0

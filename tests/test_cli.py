@@ -1,0 +1,463 @@
+"""The command line, through the same entry point as the installed script."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3 import A2C, PPO
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from robustrl import cli
+from robustrl.certify.certificate import EpisodeCertificate
+from robustrl.errors import CertificateViolationError
+from robustrl.report.attack import load_reports
+
+
+class Done(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Done]
+
+
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: Any) -> Done:
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["robustrl", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return Done(int(stop.value.code or 0), *capsys.readouterr())
+
+
+@pytest.fixture
+def robustrl(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *words: call(capsys, monkeypatch, *words)
+
+
+TRAIN = ("train", "--env", "CartPole-v1", "--sigma", 0.2, "--max-episode-steps", 50, "--timesteps", 600, "--n-envs", 4)
+CERTIFY = ("--episodes", 60, "--chunk-size", 20, "--budgets", "0:0.2:3")
+ATTACK = ("--episodes", 10, "--attack", "flip", "--draws", 4)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory as `robustrl train` leaves it; not to be written to."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    words = [str(word) for word in (*TRAIN, "--out", folder)]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["robustrl", *words])
+        cli.main()
+    assert not stop.value.code
+    return folder
+
+
+@pytest.fixture
+def run_directory(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture
+def plain_zip(tmp_path: Path) -> Path:
+    PPO("MlpPolicy", "CartPole-v1", device="cpu", seed=0, policy_kwargs={"net_arch": [8]}).save(tmp_path / "agent.zip")
+    return tmp_path / "agent.zip"
+
+
+def test_a_run_directory_goes_through_all_commands(robustrl: Run, run_directory: Path) -> None:
+    certified = robustrl("certify", run_directory, *CERTIFY)
+    assert certified.status == 0, certified.err
+    assert "Certified mean return under attack, Gaussian(sigma=0.2)" in certified.out
+    assert "not covered:" in certified.out
+    certificate = EpisodeCertificate.load(run_directory / "certificate.json")
+    assert certificate.budgets.tolist() == [0.0, 0.1, 0.2]
+    assert certificate.n == 60
+
+    attacked = robustrl("attack", run_directory, "--budget", "0.1,0.2", *ATTACK)
+    assert attacked.status == 0, attacked.err
+    reports = load_reports(run_directory / "attack.json")
+    assert [report.budget for report in reports] == [0.1, 0.2]
+    assert [report.certified for report in reports] == certificate.values[1:].tolist()
+    assert "MinimalFlip" in attacked.out
+
+    verified = robustrl("verify", run_directory / "certificate.json", "--replay", 3)
+    assert verified.status == 0, verified.err
+    assert "verified: digest and recomputed bound agree" in verified.out
+    assert "3 chunk(s) [0, 1, 2] replayed: every return is the stored one, bit for bit" in verified.out
+
+    for name in ("figure.pdf", "figure.svg"):
+        plotted = robustrl("plot", run_directory, "--out", run_directory / name)
+        assert plotted.status == 0, plotted.err
+    assert (run_directory / "figure.pdf").read_bytes().startswith(b"%PDF")
+    assert robustrl("plot", run_directory / "certificate.json").status == 0
+    names = {path.name for path in run_directory.iterdir()}
+    assert names == {"model.zip", "run.json", "tb", "chunks", "certificate.json", "certificate.png", "attack.json", "figure.pdf", "figure.svg"}  # fmt: skip
+    assert not list(run_directory.rglob("*.part"))
+
+
+def test_tensorboard_has_one_run_with_everything(robustrl: Run, run_directory: Path) -> None:
+    assert robustrl("certify", run_directory, *CERTIFY).status == 0
+    assert robustrl("attack", run_directory, "--budget", "0.2", *ATTACK).status == 0
+    assert {path.parent for path in run_directory.rglob("events.out.tfevents*")} == {run_directory / "tb"}
+    events = EventAccumulator(str(run_directory / "tb"))
+    events.Reload()
+    tags = events.Tags()
+    certificate = EpisodeCertificate.load(run_directory / "certificate.json")
+    for budget, value in zip(certificate.budgets, certificate.values, strict=True):
+        assert events.Scalars(f"certificate/budget_{budget:g}")[-1].value == pytest.approx(value)
+    assert {"attack/budget_0.2", "rollout/ep_rew_mean", "train/loss"} <= set(tags["scalars"])
+    assert tags["images"] == ["certificate"]
+    assert events.SummaryMetadata("_hparams_/session_start_info").plugin_data.plugin_name == "hparams"
+
+
+def test_a_plain_sb3_file_goes_through_all_commands(robustrl: Run, plain_zip: Path, tmp_path: Path) -> None:
+    where = ("--env", "CartPole-v1", "--sigma", 0.3, "--max-episode-steps", 40)
+    certified = robustrl("certify", plain_zip, *where, "--algo", "ppo", *CERTIFY)
+    assert certified.status == 0, certified.err
+    results = tmp_path / "runs" / "agent"
+    attacked = robustrl("attack", plain_zip, *where, "--budget", 0.2, *ATTACK)
+    assert attacked.status == 0, attacked.err
+    assert load_reports(results / "attack.json")[0].certified is not None
+    alone = robustrl("verify", results / "certificate.json")
+    assert alone.status == 0, alone.err
+    assert "episodes were not replayed (give the model to do so)" in alone.out
+    replayed = robustrl("verify", results / "certificate.json", "--model", plain_zip)
+    assert replayed.status == 0, replayed.err
+    assert "bit for bit" in replayed.out
+    assert robustrl("plot", results).status == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "statistic", "method"),
+    [
+        (("--success-at", 20), "success", "clopper-pearson"),
+        (("--quantile", 0.5), "quantile", "order-statistics"),
+        (("--method", "paper"), "mean", "paper"),
+        (("--until", "8.5@0.1", "--episodes", 400), "mean", "betting"),
+        (("--pointwise", "--stochastic", "--seed", 3, "--alpha", 0.01), "mean", "hybrid"),
+    ],
+)
+def test_options_reach_the_certificate(
+    robustrl: Run, run_directory: Path, words: tuple[Any, ...], statistic: str, method: str
+) -> None:
+    done = robustrl("certify", run_directory, *CERTIFY, *words)
+    assert done.status == 0, done.err
+    found = EpisodeCertificate.load(run_directory / "certificate.json")
+    assert (found.statistic, found.method) == (statistic, method)
+    if "--until" in words:
+        assert found.n < 400
+    if "--stochastic" in words:
+        assert (found.alpha, found.simultaneous) == (0.01, False)
+        assert (found.provenance["seed"], found.provenance["deterministic"]) == (3, False)
+    assert robustrl("verify", run_directory / "certificate.json").status == 0
+    assert robustrl("plot", run_directory).status == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("gaussian:0.2", {"kind": "Gaussian", "sigma": 0.2}),
+        ("Uniform:0.3", {"kind": "Uniform", "lam": 0.3}),
+        ("splitting:0.5,-3,3", {"kind": "Splitting", "lam": 0.5, "low": -3.0, "high": 3.0}),
+        ("ablation:0.7", {"kind": "Ablation", "keep": 0.7}),
+    ],
+)
+def test_every_mechanism_can_be_named(
+    robustrl: Run, plain_zip: Path, tmp_path: Path, text: str, expected: dict[str, Any]
+) -> None:
+    done = robustrl("certify", plain_zip, "--env", "CartPole-v1", "--noise", text, *CERTIFY, "--out", tmp_path / "out")
+    assert done.status == 0, done.err
+    noise = EpisodeCertificate.load(tmp_path / "out" / "certificate.json").noise.to_dict()
+    assert {key: noise[key] for key in expected} == expected
+
+
+def test_frame_stacks_and_algorithms_are_trained_and_certified(robustrl: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "stacked"
+    options = ("--algo", "a2c", "--frame-stack", 2, "--out", folder)
+    assert robustrl(*TRAIN[:-4], "--timesteps", 40, "--n-envs", 2, *options).status == 0
+    assert robustrl("certify", folder, *CERTIFY).status == 0
+    found = EpisodeCertificate.load(folder / "certificate.json")
+    assert found.provenance["recipe"]["frame_stack"] == 2
+    assert json.loads((folder / "run.json").read_text())["algo"] == "a2c"
+
+
+def test_finished_chunks_are_not_run_again(robustrl: Run, run_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert robustrl("certify", run_directory, *CERTIFY).status == 0
+    assert robustrl("attack", run_directory, "--budget", "0.2", *ATTACK).status == 0
+    before = EpisodeCertificate.load(run_directory / "certificate.json")
+    monkeypatch.setattr("robustrl.rollouts.collect.run_chunk", None)
+    assert robustrl("certify", run_directory, *CERTIFY).status == 0
+    assert EpisodeCertificate.load(run_directory / "certificate.json") == before
+    assert robustrl("attack", run_directory, "--budget", "0.2", *ATTACK).status == 0
+
+
+def test_another_sigma_in_the_same_folder_is_refused(robustrl: Run, plain_zip: Path) -> None:
+    where = ("--env", "CartPole-v1", "--max-episode-steps", 40)
+    assert robustrl("certify", plain_zip, *where, "--sigma", 0.3, *CERTIFY).status == 0
+    done = robustrl("certify", plain_zip, *where, "--sigma", 0.4, *CERTIFY)
+    assert done.status == 2
+    assert "holds chunks of another experiment (different recipe); choose another folder" in done.err
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+HERE = "HERE"
+"""Stands for the folder with everything in it."""
+
+
+@pytest.fixture(scope="module")
+def ward(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Healthy files and broken ones."""
+    folder = tmp_path_factory.mktemp("ward")
+    shutil.copytree(trained, folder / "run")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(sys, "argv", ["robustrl", "certify", str(folder / "run"), *map(str, CERTIFY)])
+        cli.main()
+    PPO("MlpPolicy", "CartPole-v1", device="cpu").save(folder / "agent.zip")
+    A2C("MlpPolicy", "Pendulum-v1", device="cpu").save(folder / "continuous.zip")
+    (folder / "truncated.zip").write_bytes((folder / "agent.zip").read_bytes()[:-900])
+    (folder / "text.zip").write_text("no zip")
+    (folder / "empty").mkdir()
+    for name, text in (
+        ("norun", None),
+        ("badrun", "{"),
+        ("oddrun", '{"schema": 1, "algo": "sac", "recipe": {}, "seed": 0, "timesteps": 1}'),
+    ):
+        (folder / name).mkdir()
+        shutil.copy(folder / "run" / "model.zip", folder / name)
+        if text is not None:
+            (folder / name / "run.json").write_text(text)
+    certificate = (folder / "run" / "certificate.json").read_text()
+    document = json.loads(certificate)
+    (folder / "edited.json").write_text(json.dumps(document | {"values": [50.0, 50.0, 50.0]}))
+    (folder / "cut.json").write_text(certificate[: len(certificate) // 2])
+    (folder / "other.json").write_text("{}")
+    shutil.copytree(folder / "run", folder / "spoilt")
+    (folder / "spoilt" / "certificate.json").write_text("{}")
+    (folder / "spoilt" / "attack.json").write_text("{}")
+    chunks = folder / "spoilt" / "chunks" / "certify-seed0"
+    next(chunks.glob("chunk-000001-*")).write_bytes(b"x")
+    return folder
+
+
+ZIP = ("HERE/agent.zip", "--env", "CartPole-v1")
+BAD: dict[str, tuple[tuple[Any, ...], str]] = {
+    "no such command": (("certfy",), "No such command"),
+    "no such option": (("certify", "HERE/run", "--epsiodes", 3), "No such option"),
+    "missing target": (("certify",), "Missing argument"),
+    "missing option": (("train", "--env", "CartPole-v1"), "Missing option"),
+    "text for a number": (("certify", "HERE/run", "--episodes", "many"), "--episodes"),
+    "no such model": (("certify", "HERE/nothing"), "no run directory or model file"),
+    "folder without run": (("certify", "HERE/empty"), "has no run.json"),
+    "run without run.json": (("certify", "HERE/norun"), "has no run.json"),
+    "damaged run.json": (("certify", "HERE/badrun"), "run.json is damaged"),
+    "odd algorithm": (("certify", "HERE/oddrun", *ZIP[1:], "--sigma", 0.2), "algo must be one of ppo, a2c, dqn, got 'sac'"),
+    "zip without env": (("certify", "HERE/agent.zip"), "a plain model file needs --env"),
+    "zip without noise": (("certify", *ZIP), "noise must be given"),
+    "no zip": (("certify", "HERE/text.zip", *ZIP[1:], "--sigma", 0.2), "is not a Stable-Baselines3 model file"),
+    "truncated zip": (("certify", "HERE/truncated.zip", *ZIP[1:], "--sigma", 0.2), "is not a Stable-Baselines3 model file"),
+    "wrong algorithm": (("certify", *ZIP, "--sigma", 0.2, "--algo", "dqn"), "pass the right --algo"),
+    "unknown algorithm": (("certify", *ZIP, "--sigma", 0.2, "--algo", "sac"), "algo must be one of"),
+    "continuous actions": (("certify", "HERE/continuous.zip", *ZIP[1:], "--sigma", 0.2), "continuous actions have no view yet"),
+    "unknown environment": (("certify", "HERE/agent.zip", "--env", "Carpole-v1", "--sigma", 0.2), "unknown environment id"),
+    "other observations": (("certify", "HERE/agent.zip", "--env", "MountainCar-v0", "--sigma", 0.2), "the model takes observations of shape"),
+    "frame stack": (("certify", *ZIP, "--sigma", 0.2, "--frame-stack", 2), "the model takes observations"),
+    "zero frame stack": (("certify", *ZIP, "--sigma", 0.2, "--frame-stack", 0), "frame_stack must be"),
+    "negative sigma": (("certify", *ZIP, "--sigma", -1), "sigma must be"),
+    "nan sigma": (("certify", *ZIP, "--sigma", "nan"), "sigma must be"),
+    "sigma and noise": (("certify", *ZIP, "--sigma", 0.2, "--noise", "gaussian:0.2"), "exclude each other"),
+    "second noise": (("certify", "HERE/run", "--sigma", 0.3), "two noises"),
+    "unknown noise": (("certify", *ZIP, "--noise", "pink:1"), "--noise must be KIND:PARAMETERS"),
+    "noise without parameter": (("certify", *ZIP, "--noise", "gaussian"), "--noise must be KIND:PARAMETERS"),
+    "noise with text": (("certify", *ZIP, "--noise", "gaussian:much"), "'much' is not a number"),
+    "noise with too many": (("certify", *ZIP, "--noise", "laplace:1,2"), "laplace does not take 2 parameter"),
+    "noise with four": (("certify", *ZIP, "--noise", "splitting:1,2,3,4"), "splitting does not take 4 parameter"),
+    "zero episodes": (("certify", "HERE/run", "--episodes", 0), "episodes must be"),
+    "zero workers": (("certify", "HERE/run", "--workers", 0), "n_workers must be"),
+    "zero chunks": (("certify", "HERE/run", "--chunk-size", 0), "chunk_size must be"),
+    "budgets as text": (("certify", "HERE/run", "--budgets", "0,lots"), "'lots' is not a number"),
+    "budgets in two parts": (("certify", "HERE/run", "--budgets", "0:1"), "--budgets must be"),
+    "budgets without count": (("certify", "HERE/run", "--budgets", "0:1:many"), "--budgets must be"),
+    "no budgets": (("certify", "HERE/run", "--budgets", "0:1:0"), "--budgets must be"),
+    "infinite grid": (("certify", "HERE/run", "--budgets", "0:inf:3"), "--budgets must be"),
+    "negative budgets": (("certify", "HERE/run", "--budgets=-1,0"), "must be >= 0"),
+    "empty budgets": (("certify", "HERE/run", "--budgets", ""), "is not a number"),
+    "alpha": (("certify", "HERE/run", "--alpha", 1.5), "alpha must be"),
+    "method": (("certify", "HERE/run", "--method", "hybird"), "method must be one of"),
+    "two statistics": (("certify", "HERE/run", "--success-at", 1, "--quantile", 0.5), "--success-at and --quantile exclude"),
+    "quantile": (("certify", "HERE/run", "--quantile", 2), "quantile level"),
+    "until": (("certify", "HERE/run", "--until", "190"), "--until must be VALUE@BUDGET"),
+    "until by band": (("certify", "HERE/run", "--until", "190@0.2", "--method", "band"), "only the betting bound"),
+    "return low": (("certify", "HERE/run", "--return-low", 60), "return_"),
+    "horizon": (("certify", *ZIP, "--sigma", 0.2, "--max-episode-steps", 0), "max_episode_steps must be"),
+    "policy kwargs": (("certify", *ZIP, "--sigma", 0.2, "--policy-kwargs", "{"), "--policy-kwargs must be a JSON object"),
+    "policy kwargs list": (("certify", *ZIP, "--sigma", 0.2, "--policy-kwargs", "[1]"), "--policy-kwargs must be a JSON object"),
+    "wrong policy kwargs": (("certify", *ZIP, "--sigma", 0.2, "--policy-kwargs", '{"net_arch": [3]}'), "pass --algo / --policy-kwargs"),
+    "damaged chunk": (("certify", "HERE/spoilt", *CERTIFY), "is damaged"),
+    "seed": (("certify", "HERE/run", "--seed", -1), "seed must be"),
+    "unknown attack": (("attack", "HERE/run", "--attack", "magic"), "--attack must be one of pgd, flip"),
+    "infinite attack": (("attack", "HERE/run", "--budget", "inf"), "needs a finite budget"),
+    "negative attack": (("attack", "HERE/run", "--budget=-1"), "episode must be a number >= 0"),
+    "draws": (("attack", "HERE/run", "--draws", 0), "draws must be"),
+    "threshold": (("attack", "HERE/run", "--threshold", -1), "threshold must be"),
+    "attack on another agent": (("attack", "HERE/run", "--stochastic"), "its deterministic differs"),
+    "attack beside a bad certificate": (("attack", "HERE/spoilt"), "certificate.json: field 'schema'"),
+    "attack on ablation": (("attack", *ZIP, "--noise", "ablation:0.5"), "needs additive noise"),
+    "no certificate": (("verify", "HERE/nothing.json"), "No such file"),
+    "edited certificate": (("verify", "HERE/edited.json"), "digest"),
+    "cut certificate": (("verify", "HERE/cut.json"), "not a complete JSON file"),
+    "other file": (("verify", "HERE/other.json"), "field 'schema'"),
+    "another model": (("verify", "HERE/run/certificate.json", "--model", "HERE/agent.zip"), "the model is not the certified one"),
+    "missing model": (("verify", "HERE/run/certificate.json", "--model", "HERE/nothing.zip"), "no model file"),
+    "zero replays": (("verify", "HERE/run/certificate.json", "--replay", 0), "replay must be"),
+    "nothing to plot": (("plot", "HERE/empty"), "No such file"),
+    "bad certificate to plot": (("plot", "HERE/spoilt"), "field 'schema'"),
+    "format": (("plot", "HERE/run", "--out", "HERE/figure.jpg"), "suffix of path must be one of"),
+    "train over a model": (("train", "--env", "CartPole-v1", "--sigma", 0.2, "--out", "HERE/run"), "already holds a model"),
+    "train into a file": ((*TRAIN, "--out", "HERE/agent.zip"), "FileExistsError|NotADirectory"),
+    "train for no steps": ((*TRAIN[:-4], "--timesteps", 0, "--out", "HERE/new"), "timesteps must be"),
+    "train in no environment": ((*TRAIN, "--n-envs", 0, "--out", "HERE/new"), "n_envs must be"),
+    "train an unknown algorithm": ((*TRAIN, "--algo", "sac", "--out", "HERE/new"), "algo must be one of"),
+    "train with continuous actions": (("train", "--env", "Nothing-v0", "--out", "HERE/new"), "unknown environment id"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.filterwarnings("error")
+def test_bad_input_ends_in_one_line_and_status_2(name: str, robustrl: Run, ward: Path, tmp_path: Path) -> None:
+    words, message = BAD[name]
+    before = {path: path.stat().st_mtime_ns for path in ward.rglob("*") if path.is_file()}
+    done = robustrl(*(str(word).replace(HERE, str(ward)) for word in words))
+    assert done.status == 2, done
+    assert done.err.count("\n") == 1
+    assert done.err.startswith("robustrl: ")
+    assert any(part in done.err for part in message.split("|")), done.err
+    assert "Traceback" not in done.err + done.out
+    assert {path: path.stat().st_mtime_ns for path in ward.rglob("*") if path.is_file()} == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_the_traceback(robustrl: Run, ward: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["robustrl", "--debug", "certify", str(ward / "nothing")])
+    with pytest.raises(FileNotFoundError, match="no run directory"):
+        cli.main()
+    assert robustrl("certify", ward / "nothing").status == 2  # and is off again in the next call
+
+
+def test_the_installed_script_behaves_the_same(ward: Path) -> None:
+    script = Path(sys.executable).with_name("robustrl")
+    done = subprocess.run([script, "plot", str(ward / "nothing")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    debug = subprocess.run([script, "--debug", "certify", str(ward / "nothing")], capture_output=True, text=True)
+    assert debug.returncode == 1
+    assert "Traceback" in debug.stderr
+    assert "FileNotFoundError: no run directory" in debug.stderr
+
+
+@pytest.mark.parametrize("words", [(), ("--help",), ("-h",), ("certify", "--help"), ("train", "-h")])
+def test_help_is_shown_on_request_and_without_words(robustrl: Run, words: tuple[str, ...]) -> None:
+    done = robustrl(*words)
+    assert done.status == 0
+    assert "Usage: " in done.out
+    if not words or words[0].startswith("-"):
+        for command in ("train", "certify", "attack", "verify", "plot", "demo"):
+            assert command in done.out
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, EOFError])
+def test_an_interrupt_says_how_to_go_on(robustrl: Run, run_directory: Path, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise kind
+
+    monkeypatch.setattr("robustrl.rollouts.collect.run_chunk", stop)
+    done = robustrl("certify", run_directory, *CERTIFY)
+    assert done.status == 130
+    assert (
+        done.err.strip() == "robustrl: interrupted; finished chunks of episodes are kept, run the same command again to go on"
+    )
+    assert not (run_directory / "certificate.json").exists()
+    monkeypatch.undo()
+    assert not list(run_directory.rglob("*.part"))
+
+
+def test_a_crossed_certificate_is_an_error(robustrl: Run, run_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert robustrl("certify", run_directory, *CERTIFY).status == 0
+
+    def violate(*_: Any, **__: Any) -> None:
+        raise CertificateViolationError("the attack got below the certificate")
+
+    monkeypatch.setattr("robustrl.api.attack_policy", violate)
+    done = robustrl("attack", run_directory, "--budget", "0.2", *ATTACK)
+    assert done.status == 2
+    assert done.err == "robustrl: CertificateViolationError: the attack got below the certificate\n"
+    assert not (run_directory / "attack.json").exists()
+
+
+def test_a_planted_pickle_is_not_run_and_trust_runs_it(robustrl: Run, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+
+    class Planted:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (marker,))
+
+    model = PPO("MlpPolicy", "CartPole-v1", device="cpu")
+    model.extra = Planted()  # type: ignore[attr-defined]
+    model.save(tmp_path / "agent.zip")
+    options = ("--env", "CartPole-v1", "--sigma", 0.2, "--max-episode-steps", 20, *CERTIFY)
+    done = robustrl("certify", tmp_path / "agent.zip", *options)
+    assert done.status == 0, done.err
+    assert not marker.exists()
+    assert robustrl("certify", tmp_path / "agent.zip", *options, "--trust").status == 0
+    assert marker.exists()
+
+
+def test_activation_functions_can_be_named(robustrl: Run, tmp_path: Path) -> None:
+    model = PPO("MlpPolicy", "CartPole-v1", device="cpu", seed=0, policy_kwargs={"activation_fn": torch.nn.ReLU})
+    model.save(tmp_path / "agent.zip")
+    options = ("--env", "CartPole-v1", "--sigma", 0.2, "--max-episode-steps", 20, *CERTIFY)
+    assert robustrl("certify", tmp_path / "agent.zip", *options).status == 0
+    expected = EpisodeCertificate.load(tmp_path / "runs" / "agent" / "certificate.json")
+    given = ("--policy-kwargs", '{"activation_fn": "ReLU"}', "--out", tmp_path / "given")
+    assert robustrl("certify", tmp_path / "agent.zip", *options, *given).status == 0
+    assert EpisodeCertificate.load(tmp_path / "given" / "certificate.json") == expected
+
+
+@pytest.mark.slow
+def test_the_demo_runs_from_end_to_end(robustrl: Run, tmp_path: Path) -> None:
+    words = ("demo", "--out", tmp_path / "demo", "--timesteps", 2048, "--episodes", 50, "--attack-episodes", 2, "--workers", 1)
+    done = robustrl(*words)
+    assert done.status == 0, done.err
+    assert "bit for bit" in done.out
+    assert len(load_reports(tmp_path / "demo" / "attack.json")) == 5
+    again = robustrl(*words)
+    assert again.status == 0, again.err
+    assert "holds a trained model; using it" in again.out
+
+
+def test_budget_lists_read_as_they_are_written() -> None:
+    assert cli._budgets("0:1:11") == [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]
+    assert cli._budgets("0.5") == [0.5]
+    assert cli._budgets("0.3,0.1") == [0.3, 0.1]
+    assert cli._budgets("2:2:1") == [2]
+    assert np.isinf(cli._budgets("inf"))
+    assert cli._until("190@0.2") == (190, 0.2)
+
+
+def test_warnings_do_not_stop_a_command(robustrl: Run, tmp_path: Path) -> None:
+    PPO("MlpPolicy", "CartPole-v1", device="cpu", learning_rate=lambda left: 1e-3 * left).save(tmp_path / "agent.zip")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        done = robustrl("certify", tmp_path / "agent.zip", "--env", "CartPole-v1", "--sigma", 0.2, *CERTIFY)
+    assert done.status == 0, done.err
+    assert any("learning-rate schedule" in str(warning.message) for warning in caught)
