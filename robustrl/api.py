@@ -106,7 +106,9 @@ def certify_policy(
     check_choice("statistic", statistic, ("mean", "success", "quantile"))
     recipe = EnvRecipe.of(env, noise=noise, frame_stack=frame_stack, max_episode_steps=max_episode_steps)
     if recipe.noise is None:
-        raise ValueError("noise must be given: an undefended policy has no certificate; pass noise=, e.g. Gaussian(0.2)")
+        raise ValueError(
+            "noise must be given: an undefended policy has no certificate; pass noise=, e.g. Gaussian(0.2) (--sigma 0.2)"
+        )
     check_alpha(alpha)
     check_count("episodes", episodes)
     low, high = known_return_bounds(recipe)
@@ -119,6 +121,8 @@ def certify_policy(
     for name, value, owner in (("success_at", success_at, "success"), ("quantile", quantile, "quantile")):
         if value is not None and statistic != owner:
             raise ValueError(f"{name} belongs to statistic={owner!r}, got statistic={statistic!r}")
+    if statistic == "success" and success_at is None:
+        raise ValueError("success_at must be given for statistic='success': the return that counts as success")
     threshold = (
         0.0 if statistic != "success" else check_real("success_at", success_at, allowed="the return that counts as success")
     )

@@ -78,7 +78,8 @@ def train(
         recipe, out, algo=algo, timesteps=timesteps, seed=seed, n_envs=n_envs, progress_bar=sys.stderr.isatty(), verbose=verbose
     )
     print(f"trained {algo} on {recipe.label}, noise {recipe.noise}: {out / 'model.zip'}")
-    print(f"next: robustrl certify {out}")
+    if recipe.noise is not None:
+        print(f"next: robustrl certify {out}")
 
 
 @app.command()
@@ -148,7 +149,9 @@ def certify(
 @app.command()
 def attack(
     target: Target,
-    budget: Annotated[str, typer.Option(help="Episode budget(s), as for certify --budgets.")] = "0.6",
+    budget: Annotated[
+        str, typer.Option(help="Episode budget(s) in l2, LOW:HIGH:COUNT or numbers separated by commas.")
+    ] = "0.6",
     attack_name: Annotated[str, typer.Option("--attack", help="pgd (the paper's) or flip (minimal-norm flips).")] = "pgd",
     threshold: Annotated[float, typer.Option(help="Attack only towards actions whose score is this much lower.")] = 0.0,
     draws: Annotated[int, typer.Option(help="Noise samples the attacker averages over.")] = 128,
@@ -211,7 +214,7 @@ def attack(
 
 @app.command()
 def verify(
-    certificate: Annotated[Path, typer.Argument(help="Certificate file.")],
+    certificate: Annotated[Path, typer.Argument(help="Run directory or certificate file.")],
     model: Annotated[
         Path | None, typer.Option(help="Run directory or zip to replay episodes with; default the run beside it.")
     ] = None,
@@ -223,6 +226,10 @@ def verify(
     """Recompute a certificate from its evidence; with the model, replay random chunks of its episodes."""
     from robustrl.api import load_agent, verify_certificate
 
+    if certificate.is_dir():
+        certificate = certificate / "certificate.json"
+    if not certificate.exists():
+        raise FileNotFoundError(f"no certificate {certificate}")
     beside = certificate.parent
     if model is None and (beside / "model.zip").exists() and (beside / "run.json").exists():
         model = beside
@@ -293,7 +300,7 @@ def main() -> None:
         text = error.format_message() if hasattr(error, "format_message") else f"{type(error).__name__}: {error}"
         _fail(" ".join(text.split()), 2)
     if status == INTERRUPTED:
-        _fail("interrupted; finished chunks of episodes are kept, run the same command again to go on", INTERRUPTED)
+        _fail("interrupted; a certification goes on from its finished chunks when repeated; training starts again", INTERRUPTED)
     sys.exit(status if isinstance(status, int) else 0)
 
 

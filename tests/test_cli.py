@@ -16,6 +16,7 @@ import pytest
 import torch
 from stable_baselines3 import A2C, PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toys import NothingToDo
 
 from robustrl import cli
 from robustrl.certify.certificate import EpisodeCertificate
@@ -196,7 +197,7 @@ def test_finished_chunks_are_not_run_again(robustrl: Run, run_directory: Path, m
     assert robustrl("certify", run_directory, *CERTIFY).status == 0
     assert robustrl("attack", run_directory, "--budget", "0.2", *ATTACK).status == 0
     before = EpisodeCertificate.load(run_directory / "certificate.json")
-    monkeypatch.setattr("robustrl.rollouts.collect.run_chunk", None)
+    monkeypatch.setattr("robustrl.rollouts.collect.LocalExecutor", NothingToDo)
     assert robustrl("certify", run_directory, *CERTIFY).status == 0
     assert EpisodeCertificate.load(run_directory / "certificate.json") == before
     assert robustrl("attack", run_directory, "--budget", "0.2", *ATTACK).status == 0
@@ -282,7 +283,7 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "noise without parameter": (("certify", *ZIP, "--noise", "gaussian"), "--noise must be KIND:PARAMETERS"),
     "noise with text": (("certify", *ZIP, "--noise", "gaussian:much"), "'much' is not a number"),
     "noise with too many": (("certify", *ZIP, "--noise", "laplace:1,2"), "laplace does not take 2 parameter"),
-    "noise with four": (("certify", *ZIP, "--noise", "splitting:1,2,3,4"), "splitting does not take 4 parameter"),
+    "noise with five": (("certify", *ZIP, "--noise", "splitting:1,2,3,4,5"), "splitting does not take 5 parameter"),
     "zero episodes": (("certify", "HERE/run", "--episodes", 0), "episodes must be"),
     "zero workers": (("certify", "HERE/run", "--workers", 0), "n_workers must be"),
     "zero chunks": (("certify", "HERE/run", "--chunk-size", 0), "chunk_size must be"),
@@ -373,6 +374,14 @@ def test_help_is_shown_on_request_and_without_words(robustrl: Run, words: tuple[
     if not words or words[0].startswith("-"):
         for command in ("train", "certify", "attack", "verify", "plot", "demo"):
             assert command in done.out
+
+
+def test_a_message_of_several_lines_becomes_one(robustrl: Run, monkeypatch: pytest.MonkeyPatch, ward: Path) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("first\n  second\n\nthird")
+
+    monkeypatch.setattr("robustrl.api.load_agent", fail)
+    assert robustrl("certify", ward / "run").err == "robustrl: ValueError: first second third\n"
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, EOFError])

@@ -98,3 +98,14 @@ class Threshold(gym.Env[Any, Any]):
         self.t += 1
         ended = self.t == self.length
         return np.zeros(1, dtype=np.float32), float(action) if ended else 0.0, ended, False, {}
+
+
+class NothingToDo:
+    """An executor that stands for the claim that every chunk is there already."""
+
+    def __init__(self, n_workers: int) -> None:
+        del n_workers
+
+    def run(self, function: Any, tasks: Any) -> Any:
+        assert not tasks
+        return iter(())

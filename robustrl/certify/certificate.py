@@ -250,6 +250,9 @@ class EpisodeCertificate(Certificate):
             if evidence.shape != (self.n,) or not np.isfinite(evidence).all():
                 raise ValueError(f"evidence must hold n = {self.n} finite returns, got shape {evidence.shape}")
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.estimand}, {self.noise.scale}, {self.confidence}, n = {self.n}>"
+
     @property
     def anytime(self) -> bool:
         """Whether the run could be stopped at will after a look at the returns."""
@@ -344,7 +347,9 @@ class EpisodeCertificate(Certificate):
     @property
     def estimand(self) -> str:
         """What is bounded, in words."""
-        names = {"mean": "mean return", "success": "success probability", "quantile": f"{self.quantile}-quantile of the return"}
+        threshold = self.provenance.get("success_at")
+        success = "success probability" + ("" if threshold is None else f" (a return of at least {threshold})")
+        names = {"mean": "mean return", "success": success, "quantile": f"{self.quantile}-quantile of the return"}
         return f"{names[self.statistic]} under attack"
 
     def table(self) -> str:

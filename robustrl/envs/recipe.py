@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -220,9 +221,12 @@ def find_spec(env_id: str) -> EnvSpec:
     """
     if not isinstance(env_id, str):
         raise TypeError(f"env id must be a string, got {type(env_id).__name__}")
+    module, _, name = env_id.rpartition(":")
     try:
-        return gym.spec(env_id)
-    except (gym.error.Error, ModuleNotFoundError) as error:
+        if module:
+            importlib.import_module(module)  # gym.make does so, gym.spec does not
+        return gym.spec(name)
+    except (gym.error.Error, ImportError) as error:
         raise ValueError(f"unknown environment id {env_id!r}: {error}") from None
 
 

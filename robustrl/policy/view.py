@@ -61,7 +61,12 @@ class PolicyView(nn.Module):
             raise ValueError(f"exploration must be a probability in [0, 1], got {exploration}")
         self.eval()
         with torch.no_grad():
-            probe = actor(torch.zeros(1, *self.observation_shape, device=self.device))
+            try:
+                probe = actor(torch.zeros(1, *self.observation_shape, device=self.device))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"the policy's network does not take observations of shape {self.observation_shape}: {error}"
+                ) from None
         if not isinstance(probe, Tensor) or probe.ndim != 2 or probe.shape[0] != 1:
             raise ValueError("the policy's network must map (n, *observation_shape) to scores (n, n_actions)")
         self.n_actions = int(probe.shape[1])

@@ -50,6 +50,9 @@ class AttackReport:
                 "accounting or the environment's wrapper order is wrong"
             )
 
+    def __repr__(self) -> str:
+        return f"<AttackReport: {self.attack['kind']}, budget {self.budget:g}, {self.clean_mean:.4g} -> {self.mean:.4g}, n = {len(self.returns)}>"
+
     @property
     def budget(self) -> float:
         """Episode budget, or the per-step radius where there is none."""

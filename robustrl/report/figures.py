@@ -25,7 +25,8 @@ def certificate_figure(
 
     Args:
         certificate: the certified curve.
-        reports: attacks at some budgets; where several share a budget the strongest is drawn.
+        reports: attacks at some budgets; where several share a budget the strongest is drawn. Attacks whose budget is in
+            another norm than the certificate's, or per step, have no place on its axis and are left out.
         title: default the noise.
     """
     from matplotlib.figure import Figure
@@ -35,6 +36,8 @@ def certificate_figure(
     certificate.draw(ax)
     strongest: dict[float, AttackReport] = {}
     for report in reports or []:
+        if report.threat["norm"] != certificate.noise.norm or report.threat["episode"] is None:
+            continue
         if report.budget not in strongest or report.mean < strongest[report.budget].mean:
             strongest[report.budget] = report
     if strongest:
@@ -54,9 +57,10 @@ def certificate_figure(
                 linewidth=0,
                 label=f"its {100 * (1 - strongest[budgets[0]].alpha):g}% upper bound",
             )
-    ax.set_ylim(bottom=float(np.nanmin([0.0, *certificate.values])))
+    low, high = float(np.nanmin([0.0, *certificate.values])), ax.get_ylim()[1]
+    ax.set_ylim(low - 0.03 * (high - low), high)
     ax.grid(alpha=0.3)
-    ax.legend(loc="lower left")
+    ax.legend(loc="best")
     if title:
         ax.set_title(title)
     return figure

@@ -59,7 +59,7 @@ class ChunkStore:
             if fingerprint != description["fingerprint"] or found.get("schema") != SCHEMA:
                 differs = sorted(k for k in description if k != "fingerprint" and _text(found.get(k)) != _text(description[k]))
                 raise ChunkError(
-                    f"{self.folder} holds chunks of another experiment (different {', '.join(differs)}); choose another folder"
+                    f"{self.folder} holds chunks of another experiment (different {', '.join(differs)}); choose another folder (--out)"
                 )
             return
         write_atomically(manifest, json.dumps(description, indent=1, default=str).encode())

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from gymnasium.spaces import Discrete
+
 from robustrl.envs.recipe import EnvRecipe, make_vec_env
 from robustrl.errors import check_count
 from robustrl.files import write_atomically
@@ -59,6 +61,10 @@ def train(
     kind, folder = algorithm_class(algo), Path(out)
     if (folder / "model.zip").exists():
         raise FileExistsError(f"{folder} already holds a model; choose another --out, or delete it")
+    if not isinstance(recipe.action_space, Discrete):
+        raise ValueError(
+            f"{recipe.label} takes {recipe.action_space}; only policies with a Discrete action space can be certified"
+        )
     preset = preset_for(recipe.env_id)
     steps = check_count("timesteps", preset.timesteps if timesteps is None else timesteps)
     arguments = {**getattr(preset, algo), **(hyperparameters or {})}

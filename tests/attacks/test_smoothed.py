@@ -40,12 +40,21 @@ def context(
     seen: torch.Tensor | None = None,
     padding: Padding = "reset",
     seed: int = 0,
+    mask: tuple[bool, ...] | None = None,
 ) -> AttackContext:
     """The first step of episodes, or a later one if `seen` holds the past frames (n, k - 1, *frame)."""
     stack = start_stack(frames, policy.n_frames, padding) if seen is None else torch.cat((seen, frames[:, None]), dim=1)
     allowance = torch.as_tensor(budget, dtype=torch.float64).expand(len(frames)).clone()
     return AttackContext(
-        policy, noise, stack, stack.clone(), allowance, seen is None, padding, torch.Generator().manual_seed(seed)
+        policy=policy,
+        noise=noise,
+        clean_stack=stack,
+        seen_stack=stack.clone(),
+        allowance=allowance,
+        attackable=torch.ones(policy.frame_shape) if mask is None else torch.tensor(mask, dtype=torch.float32),
+        first_step=seen is None,
+        padding=padding,
+        generator=torch.Generator().manual_seed(seed),
     )
 
 
@@ -99,6 +108,17 @@ def test_pgd_flips_the_mean_over_its_noise_draws_at_the_least_norm(noise: Noise)
     assert bool(decided.sum() > 50)
     assert bool((spent >= least - 1e-6)[decided].all())
     assert bool((spent <= least + step + 1e-4)[decided].all())
+
+
+@each_attack
+def test_entries_under_the_mask_are_left_alone_and_the_rest_pays(attack: FlipAttack) -> None:
+    x, mask = frames_of(100), (True, False, True, False)
+    least = margins(x).abs() / (WEIGHTS * torch.tensor(mask)).norm()
+    delivered = replace(attack, draws=1).perturb(x, context(linear(), x, 8.0, mask=mask))
+    assert torch.equal(delivered[:, 1::2], x[:, 1::2])
+    flipped = margins(delivered).sign() != margins(x).sign()
+    assert torch.equal(flipped, least < 8.0)
+    assert bool((cost(x, delivered)[flipped] <= least[flipped] + 0.02).all())
 
 
 def test_minimal_flip_wins_the_stated_share_of_draws() -> None:
@@ -236,10 +256,12 @@ def test_the_first_frame_of_an_episode_moves_all_its_copies(attack: FlipAttack, 
 def test_episodes_side_by_side_are_attacked_as_if_alone(attack: FlipAttack) -> None:
     """The noise of a step is shared, so that the attack on one episode does not depend on the others."""
     policy, x, budgets = network_balancer(32), 0.2 * frames_of(24), torch.linspace(0, 1, 24, dtype=torch.float64)
-    together = attack.perturb(x, context(policy, x, budgets, noise=Gaussian(0.2)))
-    for i in range(24):
-        single = attack.perturb(x[i : i + 1], context(policy, x[i : i + 1], budgets[i : i + 1], noise=Gaussian(0.2)))
-        torch.testing.assert_close(together[i : i + 1], single, rtol=0, atol=1e-5)
+    everyone = context(policy, x, budgets, noise=Gaussian(0.2))
+    together = attack.perturb(x, everyone)
+    for i in range(1, 24):
+        alone = context(policy, x[i : i + 1], budgets[i : i + 1], noise=Gaussian(0.2))
+        torch.testing.assert_close(together[i : i + 1], attack.perturb(x[i : i + 1], alone), rtol=0, atol=1e-5)
+        assert torch.equal(alone.generator.get_state(), everyone.generator.get_state())  # in later steps too
 
 
 @each_attack
@@ -299,7 +321,7 @@ def test_an_undefended_policy_can_be_attacked_too() -> None:
         (ThreatModel(norm=1, episode=0.5), r"spends l2 budgets; threat\.norm must be 2, got 1"),
         (ThreatModel(norm=math.inf, step=0.5), r"threat\.norm must be 2, got inf"),
         (ThreatModel(norm=2, episode=0.5, units="unit01"), "in raw units; got units='unit01'"),
-        (ThreatModel(norm=2, episode=0.5, mask=(True, False, False, False)), "attacks all entries"),
+        (ThreatModel(norm=2, episode=0.5, mask=(True, False, False)), "mask of 3 entries does not fit"),
         (ThreatModel(norm=2, episode=math.inf), "needs a finite budget"),
         (ThreatModel(norm=2, step=math.inf), "needs a finite budget"),
     ],

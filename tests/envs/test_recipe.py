@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -312,3 +313,14 @@ def test_environments_in_other_processes_still_carry_a_usable_recipe() -> None:
         assert env.reset().shape == (1, 4)
     finally:
         env.close()
+
+
+def test_module_ids_import_their_module_as_gym_make_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "someones_envs.py").write_text(
+        "import gymnasium as gym\ngym.register('SomeonesCartPole-v0', 'gymnasium.envs.classic_control.cartpole:CartPoleEnv', max_episode_steps=9)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = EnvRecipe(env_id="someones_envs:SomeonesCartPole-v0")
+    assert recipe.horizon == 9
+    with pytest.raises(ValueError, match="no_such_module"):
+        EnvRecipe(env_id="no_such_module:CartPole-v1")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from robustrl.certify.returns import certify_quantile, certify_return, certify_success
-from robustrl.noise import Gaussian
+from robustrl.noise import Gaussian, Laplace
 from robustrl.report.attack import AttackReport
 from robustrl.report.figures import certificate_figure, save_figure
 from robustrl.threat import ThreatModel
@@ -70,7 +70,7 @@ def test_titles_and_axes_name_what_is_bounded() -> None:
 def test_curves_without_any_certified_value_and_below_zero_are_drawn() -> None:
     nothing = certify_quantile(RETURNS[:3], 0.1, Gaussian(0.2), [0.5, 1.0])
     assert np.isnan(nothing.values).all()
-    assert certificate_figure(nothing).axes[0].get_ylim()[0] == 0
+    assert certificate_figure(nothing).axes[0].get_ylim()[0] < 0  # zero itself is visible
     negative = certify_return(-RETURNS, Gaussian(0.2), BUDGETS, return_low=-300)
     assert certificate_figure(negative).axes[0].get_ylim()[0] <= negative.values.min()
     success = certify_success(480, 500, Gaussian(0.2), BUDGETS)
@@ -117,3 +117,19 @@ def test_figures_need_no_display(tmp_path: Path) -> None:
     env = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")}
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "f.png")], check=True, env=env)
     assert (tmp_path / "f.png").exists()
+
+
+def test_attacks_in_another_norm_have_no_place_on_the_axis() -> None:
+    certificate = certify_return(np.arange(50.0) % 7, Laplace(0.5), [0.0, 1.0], return_low=0)
+    returns = np.full(5, 3.0)
+    l2 = AttackReport(
+        attack={"kind": "SmoothedPGD"},
+        threat=ThreatModel(norm=2, episode=0.5).to_dict(),
+        clean=returns,
+        returns=returns,
+        spent=returns,
+        upper=4.0,
+        alpha=0.05,
+    )
+    labels = certificate_figure(certificate, [l2]).axes[0].get_legend_handles_labels()[1]
+    assert not any("attack" in label for label in labels)

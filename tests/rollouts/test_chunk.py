@@ -243,6 +243,15 @@ def test_chunks_and_seeds_name_different_episodes_and_repeat() -> None:
         assert not np.array_equal(one.seeds, other.seeds)
 
 
+def test_starts_do_not_depend_on_the_noise() -> None:
+    for engine in ("native", "list"):
+        runs = [
+            run_chunk(make_job(balancer(), cartpole(noise=noise), chunk_size=10, engine=engine), 0, 10)
+            for noise in (None, NOISE, Ablation(0.5))
+        ]
+        assert all(np.array_equal(runs[0].seeds, other.seeds) for other in runs[1:])
+
+
 @dataclass(frozen=True)
 class Idle(Attack):
     """Draws from its stream and looks at everything, but changes nothing."""
