@@ -300,7 +300,7 @@ def main() -> None:
         text = error.format_message() if hasattr(error, "format_message") else f"{type(error).__name__}: {error}"
         _fail(" ".join(text.split()), 2)
     if status == INTERRUPTED:
-        _fail("interrupted; a certification goes on from its finished chunks when repeated; training starts again", INTERRUPTED)
+        _fail("interrupted; certify and attack go on from their finished chunks when repeated, train starts again", INTERRUPTED)
     sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -194,7 +194,7 @@ def test_two_workers_give_the_same_certificate(certificate: EpisodeCertificate) 
         ({"env": "Pendulum-v1", "noise": NOISE}, ValueError, "return_low must be given"),
         ({"method": "paper", "env": EnvRecipe(factory=lambda: Steps(3), max_episode_steps=5, noise=NOISE), "return_low": 0}, ValueError, "return_high must be"),
         ({"statistic": "median"}, ValueError, "statistic must be one of"),
-        ({"statistic": "success"}, TypeError, "success_at must be the return that counts as success"),
+        ({"statistic": "success"}, ValueError, "success_at must be given"),
         ({"statistic": "quantile"}, TypeError, "quantile must be a level in"),
         ({"statistic": "quantile", "quantile": 1.5}, ValueError, r"q must be a quantile level in \(0, 1\)"),
         ({"quantile": 0.5}, ValueError, "quantile belongs to statistic='quantile', got statistic='mean'"),

@@ -315,7 +315,7 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "attack on another agent": (("attack", "HERE/run", "--stochastic"), "its deterministic differs"),
     "attack beside a bad certificate": (("attack", "HERE/spoilt"), "certificate.json: field 'schema'"),
     "attack on ablation": (("attack", *ZIP, "--noise", "ablation:0.5"), "needs additive noise"),
-    "no certificate": (("verify", "HERE/nothing.json"), "No such file"),
+    "no certificate": (("verify", "HERE/nothing.json"), "no certificate"),
     "edited certificate": (("verify", "HERE/edited.json"), "digest"),
     "cut certificate": (("verify", "HERE/cut.json"), "not a complete JSON file"),
     "other file": (("verify", "HERE/other.json"), "field 'schema'"),
@@ -393,7 +393,8 @@ def test_an_interrupt_says_how_to_go_on(robustrl: Run, run_directory: Path, monk
     done = robustrl("certify", run_directory, *CERTIFY)
     assert done.status == 130
     assert (
-        done.err.strip() == "robustrl: interrupted; finished chunks of episodes are kept, run the same command again to go on"
+        done.err.strip()
+        == "robustrl: interrupted; certify and attack go on from their finished chunks when repeated, train starts again"
     )
     assert not (run_directory / "certificate.json").exists()
     monkeypatch.undo()
