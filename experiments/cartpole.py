@@ -166,7 +166,7 @@ def summarise(
             [attacks[plain][0].clean_mean, *means],
             "s--",
             ms=3,
-            color="tab:orange",
+            color="black",
             label="undefended agent, best attack",
         )
         ax.set(title=name, xlabel="episode budget (l2)", ylabel="mean return under attack", ylim=(0, 208))
