@@ -36,9 +36,8 @@ from robustrl.rollouts.chunk import Job, run_chunk
 from robustrl.rollouts.collect import collect, make_job
 from robustrl.rollouts.executor import one_thread
 from robustrl.threat import ThreatModel
-from robustrl.training.run_files import RunInfo
+from robustrl.training.run_files import LIBRARIES, RunInfo
 
-LIBRARIES = ("robustrl", "torch", "numpy", "scipy", "gymnasium", "stable-baselines3")
 SAME_LAW_LEVEL = 1e-4
 """Failure probability of the two-sample test that replaces bit equality on another machine or build."""
 

@@ -74,9 +74,7 @@ def train(
     from robustrl.training.train import train as run
 
     recipe = EnvRecipe.of(env, noise=_noise(sigma, noise), frame_stack=frame_stack, max_episode_steps=max_episode_steps)
-    run(
-        recipe, out, algo=algo, timesteps=timesteps, seed=seed, n_envs=n_envs, progress_bar=sys.stderr.isatty(), verbose=verbose
-    )
+    run(recipe, out, algo=algo, timesteps=timesteps, seed=seed, n_envs=n_envs, progress_bar=True, verbose=verbose)
     print(f"trained {algo} on {recipe.label}, noise {recipe.noise}: {out / 'model.zip'}")
     if recipe.noise is not None:
         print(f"next: robustrl certify {out}")

@@ -12,6 +12,8 @@ from robustrl.envs.recipe import EnvRecipe
 from robustrl.files import write_atomically
 
 SCHEMA = 1
+LIBRARIES = ("robustrl", "torch", "numpy", "scipy", "gymnasium", "stable-baselines3")
+"""What trained weights and the bits of a rollout depend on."""
 
 
 @dataclass(frozen=True)

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from gymnasium.spaces import Discrete
+from stable_baselines3.common.callbacks import BaseCallback
 
 from robustrl.envs.recipe import EnvRecipe, make_vec_env
 from robustrl.errors import check_count
 from robustrl.files import write_atomically
 from robustrl.policy.loading import algorithm_class
 from robustrl.rollouts.executor import one_thread
+from robustrl.rollouts.progress import progress_bar as rollout_bar
 from robustrl.training.presets import preset_for
-from robustrl.training.run_files import RunInfo
-
-LIBRARIES = ("robustrl", "torch", "numpy", "scipy", "gymnasium", "stable-baselines3")
+from robustrl.training.run_files import LIBRARIES, RunInfo
 
 
 def train(
@@ -47,7 +47,7 @@ def train(
         seed: of weights, environments and noise.
         n_envs: environments side by side; default the preset's, or 1.
         hyperparameters: keyword arguments of the algorithm that replace the preset's.
-        progress_bar: show SB3's progress bar.
+        progress_bar: show a bar with an ETA.
         verbose: SB3's verbosity.
     Returns:
         the trained SB3 model.
@@ -77,12 +77,26 @@ def train(
         folder.mkdir(parents=True, exist_ok=True)
         # A logger of our own writes into tb/ itself, so that the certificate joins the same TensorBoard run.
         model.set_logger(configure(os.fspath(folder / "tb"), (["stdout"] if verbose else []) + ["tensorboard"]))
-        model.learn(steps, progress_bar=progress_bar)
+        # SB3's own bar needs tqdm, which nothing else here does; this is the bar of certify and attack.
+        with rollout_bar("train", steps, visible=progress_bar) as advance:
+            model.learn(steps, callback=_Advance(advance))
     versions = {name: version(name) for name in LIBRARIES}
     RunInfo(algo, recipe.to_dict(), int(seed), steps, written, versions).save(folder)
     save_model(model, folder / "model.zip")  # last: a folder with a model is complete
     venv.close()
     return model
+
+
+class _Advance(BaseCallback):
+    """Tells a progress bar how many environment steps were made."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        super().__init__()
+        self._advance = advance
+
+    def _on_step(self) -> bool:
+        self._advance(self.training_env.num_envs)
+        return True
 
 
 def save_model(model: Any, path: Path) -> None:

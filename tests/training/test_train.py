@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,12 @@ def test_a_model_is_written_atomically(tmp_path: Path, monkeypatch: pytest.Monke
         train_module.save_model(model, target)
     assert target.read_bytes() == b"old"
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_progress_bar_needs_no_library_that_we_do_not_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "tqdm.rich", None)
+    train("CartPole-v1", tmp_path / "run", timesteps=64, hyperparameters={"n_steps": 4, "batch_size": 64}, progress_bar=True)
+    assert "64/64" in capsys.readouterr().out
