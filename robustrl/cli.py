@@ -44,9 +44,20 @@ Trust = Annotated[bool, typer.Option("--trust", help="Load the pickles in the mo
 Stochastic = Annotated[bool, typer.Option("--stochastic", help="Sample actions instead of taking the greedy one.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from robustrl import __version__
+
+        print(f"robustrl {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _common(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_version)
+    ] = False,
 ) -> None:
     app_state["debug"] = debug
 

@@ -471,3 +471,11 @@ def test_warnings_do_not_stop_a_command(robustrl: Run, tmp_path: Path) -> None:
         done = robustrl("certify", tmp_path / "agent.zip", "--env", "CartPole-v1", "--sigma", 0.2, *CERTIFY)
     assert done.status == 0, done.err
     assert any("learning-rate schedule" in str(warning.message) for warning in caught)
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["robustrl", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    assert capsys.readouterr().out == "robustrl 0.1.0\n"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -40,3 +42,11 @@ def test_the_readme_example_runs_with_fewer_steps(tmp_path: Path, monkeypatch: p
     exec(block, {})
     assert (tmp_path / "certificate.json").exists()
     assert (tmp_path / "certificate.png").exists()
+
+
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["own_agent.py", "--timesteps", "2048", "--episodes", "100", "--attacked", "4", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(ROOT / "examples" / "own_agent.py"), run_name="__main__")
+    assert "certified" in capsys.readouterr().out
+    assert (tmp_path / "certificate-0.1.json").exists()
