@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -432,13 +433,22 @@ def _check_return_low(certificate: Certificate) -> None:
     if not isinstance(certificate, EpisodeCertificate) or certificate.return_low is None or not isinstance(recipe, dict):
         return
     try:
-        low = known_return_bounds(EnvRecipe.from_dict(recipe))[0]
+        low = known_return_bounds(_stated_recipe(recipe))[0]
     except (TypeError, ValueError):  # a factory, a wrapper, or an id that is not registered here: nothing is known
         return
     if low is not None and certificate.return_low > low:
         raise CertificateError(
             f"field 'return_low' is {certificate.return_low:g}, but an episode may return as little as {low:g}"
         )
+
+
+def _stated_recipe(stated: Any) -> EnvRecipe:
+    """The recipe in a certificate, whose author may be anybody: it must not make this process import a module."""
+    env_id = stated.get("env_id") if isinstance(stated, dict) else None
+    module, _, _ = env_id.rpartition(":") if isinstance(env_id, str) else ("", "", "")
+    if module and module not in sys.modules:
+        raise ValueError(f"its id {env_id!r} names a module that is not imported here")
+    return EnvRecipe.from_dict(stated)
 
 
 def _recorded_job(certificate: EpisodeCertificate, model: Any, env: Any) -> Job:
@@ -452,7 +462,7 @@ def _recorded_job(certificate: EpisodeCertificate, model: Any, env: Any) -> Job:
         ) from None
     if env is None:
         try:
-            recipe = EnvRecipe.from_dict(stated)
+            recipe = _stated_recipe(stated)
         except (TypeError, ValueError) as error:
             raise CertificateError(
                 f"the certificate's environment cannot be rebuilt from the file alone, pass env=: {error}"

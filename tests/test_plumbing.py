@@ -108,3 +108,21 @@ def test_a_changed_spec_under_a_registered_id_is_refused() -> None:
     spec = replace(gym.spec("CartPole-v1"), entry_point="gymnasium.envs.classic_control.acrobot:AcrobotEnv")
     with pytest.raises(ValueError, match="entry point"):
         rrl.EnvRecipe.of(spec)
+
+
+def test_a_certificate_never_imports_the_module_that_its_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "planted_module.py").write_text("raise SystemExit('planted code ran')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    certificate = rrl.certify_policy(balancer(), RECIPE, [0.0], episodes=20)
+    recipe = {**certificate.provenance["recipe"], "env_id": "planted_module:CartPole-v1"}
+    planted = certificate.with_provenance(recipe=recipe)
+    rrl.verify_certificate(planted)
+    with pytest.raises(CertificateError, match="names a module"):
+        rrl.verify_certificate(planted, balancer())
+
+
+def test_a_recipe_that_is_no_object_is_no_crash() -> None:
+    certificate = rrl.certify_return([1.0, 2.0], rrl.Gaussian(0.2), [0.0], return_low=0)
+    rrl.verify_certificate(certificate.with_provenance(recipe="CartPole-v1"))

@@ -324,7 +324,8 @@ class EpisodeCertificate(Certificate):
         omitted = [sentence for sentence in fresh.not_covered if sentence not in self.not_covered]
         if omitted:
             raise CertificateError(f"field 'not_covered' leaves out: {omitted[0]}")
-        recipe_noise = (self.provenance.get("recipe") or {}).get("noise")
+        recipe = self.provenance.get("recipe")
+        recipe_noise = recipe.get("noise") if isinstance(recipe, dict) else None
         if recipe_noise is not None and recipe_noise != plain_data("noise", self.noise.to_dict()):
             raise CertificateError(f"field 'noise' is {self.noise}, but the recorded environment adds {recipe_noise}")
         if self.threat is not None:

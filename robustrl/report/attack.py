@@ -117,7 +117,7 @@ def attack_table(reports: list[AttackReport]) -> str:
         )
     level = 100 * (1 - reports[0].alpha) if reports else 95
     lines.append(
-        f"upper: {level:g}% upper confidence bound of the attacked mean; an attack shows what is possible, not what is worst"
+        f"upper: {level:g}% upper confidence bound of the attacked mean, each row on its own; an attack shows what is possible, not what is worst"
     )
     return "\n".join(lines)
 

@@ -57,7 +57,7 @@ def test_the_table_has_a_line_per_report_and_says_what_it_is_not() -> None:
     assert lines[2].split() == ["SmoothedPGD", "0.25", "3", "196.67", "100.00", "inf", "-", "0.500"]
     assert (
         lines[3]
-        == "upper: 95% upper confidence bound of the attacked mean; an attack shows what is possible, not what is worst"
+        == "upper: 95% upper confidence bound of the attacked mean, each row on its own; an attack shows what is possible, not what is worst"
     )
     assert report().table() == attack_table([report()])
     assert len(attack_table([]).splitlines()) == 2
