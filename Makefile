@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+EXTRAS := $(VENV)/.installed-extras
 
 # One thread per process: the test runner and the rollouts parallelise by processes.
 export OMP_NUM_THREADS ?= 1
@@ -17,10 +18,15 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
+# Everything optional too: Atari, sb3-contrib, Ray, EnvPool. The tests cover them; the demo needs none.
+$(EXTRAS): $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,docs,atari,contrib,ray,envpool]'
+	touch $@
+
 demo: install
 	$(BIN)/robustrl demo --out runs/demo
 
-lint: install
+lint: $(EXTRAS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -29,13 +35,13 @@ lint: install
 test: lint docs
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-slow: install
+test-slow: $(EXTRAS)
 	$(BIN)/python -m pytest -n 2 -m slow
 
-bench: install
+bench: $(EXTRAS)
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
-docs: install
+docs: $(EXTRAS)
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
 clean:

@@ -5,36 +5,46 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from robustrl.registration import register_envs
+
 if TYPE_CHECKING:
     from robustrl import agents, attacks, certify, envs, policy, rollouts
-    from robustrl.api import Verification, attack_policy, certify_policy, load_agent, verify_certificate
+    from robustrl.api import attack_policy, certify_policy, load_agent
     from robustrl.certify.certificate import Certificate, EpisodeCertificate
     from robustrl.certify.returns import certify_quantile, certify_return, certify_success, episode_budget, plug_in_return
+    from robustrl.envs.atari import make_atari_env
     from robustrl.envs.bounds import known_return_bounds
     from robustrl.envs.chain import check_chain
     from robustrl.envs.hosts import add_noise
     from robustrl.envs.recipe import EnvRecipe, make_vec_env
     from robustrl.noise import Ablation, Gaussian, Laplace, Noise, Splitting, Uniform
+    from robustrl.policy.normalization import Normalization
     from robustrl.report.attack import AttackReport
     from robustrl.threat import Ledger, ThreatModel
     from robustrl.training import presets
     from robustrl.training.train import train
+    from robustrl.verification import Verification, verify_certificate
 
 __version__ = "0.1.0"
 
+register_envs()
+
 # Public names and where they live. Loaded on first use (PEP 562), so that `import robustrl` is quick.
 _HOMES = {
-    "robustrl.api": ("Verification", "attack_policy", "certify_policy", "load_agent", "verify_certificate"),
+    "robustrl.api": ("attack_policy", "certify_policy", "load_agent"),
     "robustrl.certify.certificate": ("Certificate", "EpisodeCertificate"),
     "robustrl.certify.returns": ("certify_quantile", "certify_return", "certify_success", "episode_budget", "plug_in_return"),
+    "robustrl.envs.atari": ("make_atari_env",),
     "robustrl.envs.bounds": ("known_return_bounds",),
     "robustrl.envs.chain": ("check_chain",),
     "robustrl.envs.hosts": ("add_noise",),
     "robustrl.envs.recipe": ("EnvRecipe", "make_vec_env"),
+    "robustrl.policy.normalization": ("Normalization",),
     "robustrl.noise": ("Ablation", "Gaussian", "Laplace", "Noise", "Splitting", "Uniform"),
     "robustrl.report.attack": ("AttackReport",),
     "robustrl.threat": ("Ledger", "ThreatModel"),
     "robustrl.training.train": ("train",),
+    "robustrl.verification": ("Verification", "verify_certificate"),
 }
 _MODULES = {
     "agents": "robustrl.agents",
@@ -48,10 +58,10 @@ _MODULES = {
 _NAMES = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Ablation", "AttackReport", "Certificate", "EnvRecipe", "EpisodeCertificate", "Gaussian", "Laplace", "Ledger", "Noise",
+    "Ablation", "AttackReport", "Certificate", "EnvRecipe", "EpisodeCertificate", "Gaussian", "Laplace", "Ledger", "Noise", "Normalization",
     "Splitting", "ThreatModel", "Uniform", "Verification", "add_noise", "agents", "attack_policy", "attacks",
     "certify", "certify_policy", "certify_quantile", "certify_return", "certify_success", "check_chain", "envs", "episode_budget",
-    "known_return_bounds", "load_agent", "make_vec_env", "plug_in_return", "policy", "presets", "rollouts", "train",
+    "known_return_bounds", "load_agent", "make_atari_env", "make_vec_env", "plug_in_return", "policy", "presets", "rollouts", "train",
     "verify_certificate",
 ]  # fmt: skip
 

@@ -12,21 +12,24 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from scipy.stats import beta
 from stable_baselines3 import PPO
 from toys import NothingToDo, Steps, balancer, network_balancer
 
 import robustrl as rrl
-from robustrl import api
-from robustrl.api import Verification, attack_policy, certify_policy, verify_certificate
+from robustrl import verification
+from robustrl.api import attack_policy, certify_policy
 from robustrl.attacks import MinimalFlip, SmoothedPGD
 from robustrl.certify.certificate import Certificate, EpisodeCertificate
 from robustrl.certify.returns import certify_quantile, certify_return, certify_success, mean_upper_bound
 from robustrl.envs.recipe import EnvRecipe, make_vec_env
-from robustrl.errors import CertificateError, ChainError, ChunkError
+from robustrl.errors import CertificateError, CertificateViolationError, ChainError, ChunkError
 from robustrl.noise import Ablation, Gaussian, Laplace
 from robustrl.policy import PolicyView
+from robustrl.report.attack import AttackReport
 from robustrl.rollouts.collect import collect, make_job
 from robustrl.threat import ThreatModel
+from robustrl.verification import Verification, verify_certificate
 
 HORIZON, NOISE, BUDGETS = 60, Gaussian(0.3), [0.0, 0.1, 0.3]
 RECIPE = EnvRecipe(env_id="CartPole-v1", noise=NOISE, max_episode_steps=HORIZON)
@@ -191,7 +194,7 @@ def test_two_workers_give_the_same_certificate(certificate: EpisodeCertificate) 
         ({"alpha": 0.0}, ValueError, "alpha must be"),
         ({"alpha": 0.7}, ValueError, "alpha must be"),
         ({"method": "hybird"}, ValueError, "method must be one of"),
-        ({"env": "Pendulum-v1", "noise": NOISE}, ValueError, "return_low must be given"),
+        ({"env": "Hopper-v5", "noise": NOISE}, ValueError, "return_low must be given"),
         ({"method": "paper", "env": EnvRecipe(factory=lambda: Steps(3), max_episode_steps=5, noise=NOISE), "return_low": 0}, ValueError, "return_high must be"),
         ({"statistic": "median"}, ValueError, "statistic must be one of"),
         ({"statistic": "success"}, ValueError, "success_at must be given"),
@@ -205,7 +208,7 @@ def test_two_workers_give_the_same_certificate(certificate: EpisodeCertificate) 
         ({"budgets": "lots"}, TypeError, "must be numeric"),
         ({"budgets": [[0.1], [0.2]]}, ValueError, "budgets"),
         ({"budgets": [ThreatModel(norm=0, episode=1)]}, ValueError, "has no certificate for this threat"),
-        ({"budgets": ThreatModel(norm=2, episode=1, units="unit01")}, ValueError, "must be in raw units"),
+        ({"budgets": ThreatModel(norm=2, episode=1, units="unit01")}, ValueError, "units 'unit01' means nothing for CartPole"),
         ({"budgets": [THREAT, 0.5]}, TypeError, "got a mixture of both"),
         ({"until": (30.0, 0.1), "method": "band"}, ValueError, "only the betting bound may be stopped at will"),
         ({"until": (30.0, 0.1), "statistic": "success", "success_at": 1}, ValueError, "until needs statistic='mean'"),
@@ -312,10 +315,31 @@ def test_a_certificate_of_another_factory_is_refused() -> None:
         attacked(env=env(0.3), certificate=found)
 
 
-def test_certificates_of_other_statistics_are_refused() -> None:
-    for options in ({"statistic": "success", "success_at": 40}, {"statistic": "quantile", "quantile": 0.5}):
-        with pytest.raises(ValueError, match="needs a certificate of the mean"):
-            attacked(certificate=certified(**options))
+def test_a_certificate_of_a_quantile_is_refused() -> None:
+    with pytest.raises(ValueError, match="got one of the quantile"):
+        attacked(certificate=certified(statistic="quantile", quantile=0.5))
+
+
+def test_an_attack_is_compared_with_a_certificate_of_success_on_its_own_terms() -> None:
+    certificate = certified(statistic="success", success_at=40)
+    report = attacked(certificate=certificate)
+    assert report.success_at == 40
+    assert report.mean == np.mean(report.returns >= 40)
+    assert report.clean_mean == np.mean(report.clean >= 40)
+    wins, n = int(np.sum(report.returns >= 40)), len(report.returns)
+    assert report.upper == pytest.approx(1.0 if wins == n else beta.ppf(0.95, wins + 1, n - wins))
+    assert report.certified == certificate.value_at(0.3)
+    assert "probability of a return of at least 40" in report.table()
+    assert AttackReport.from_dict(report.to_dict()).to_dict() == report.to_dict()
+    with pytest.raises(ValueError, match="success_at is 39, but the certificate is about 40"):
+        attacked(certificate=certificate, success_at=39)
+
+
+def test_an_attack_below_a_certificate_of_success_raises() -> None:
+    certificate = certified(budgets=[0.0, 5.0], statistic="success", success_at=40)
+    boasting = replace(certificate, values=np.array([1.0, 0.99]))
+    with pytest.raises(CertificateViolationError, match="probability of a return of at least 40"):
+        attacked(certificate=boasting, threat=ThreatModel(norm=2, episode=5.0))
 
 
 def test_an_undefended_policy_can_be_attacked() -> None:
@@ -532,4 +556,4 @@ def test_other_kinds_of_certificates_have_no_episodes(certificate: EpisodeCertif
 
 
 def test_versions_name_what_bits_depend_on() -> None:
-    assert {"torch", "numpy", "robustrl", "python", "machine", "cpu"} <= set(api._versions())
+    assert {"torch", "numpy", "robustrl", "python", "machine", "cpu"} <= set(verification.versions())

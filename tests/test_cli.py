@@ -18,7 +18,7 @@ from stable_baselines3 import A2C, PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toys import NothingToDo
 
-from robustrl import cli
+from robustrl import cli, options
 from robustrl.certify.certificate import EpisodeCertificate
 from robustrl.errors import CertificateViolationError
 from robustrl.report.attack import load_reports
@@ -229,6 +229,7 @@ def ward(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     A2C("MlpPolicy", "Pendulum-v1", device="cpu").save(folder / "continuous.zip")
     (folder / "truncated.zip").write_bytes((folder / "agent.zip").read_bytes()[:-900])
     (folder / "text.zip").write_text("no zip")
+    (folder / "text.npz").write_text("no archive")
     (folder / "empty").mkdir()
     for name, text in (
         ("norun", None),
@@ -263,17 +264,17 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "folder without run": (("certify", "HERE/empty"), "has no run.json"),
     "run without run.json": (("certify", "HERE/norun"), "has no run.json"),
     "damaged run.json": (("certify", "HERE/badrun"), "run.json is damaged"),
-    "odd algorithm": (("certify", "HERE/oddrun", *ZIP[1:], "--sigma", 0.2), "algo must be one of ppo, a2c, dqn, got 'sac'"),
+    "odd algorithm": (("certify", "HERE/oddrun", *ZIP[1:], "--sigma", 0.2), "its policy class is not one of SAC's own"),
     "zip without env": (("certify", "HERE/agent.zip"), "a plain model file needs --env"),
     "zip without noise": (("certify", *ZIP), "noise must be given"),
     "no zip": (("certify", "HERE/text.zip", *ZIP[1:], "--sigma", 0.2), "is not a Stable-Baselines3 model file"),
     "truncated zip": (("certify", "HERE/truncated.zip", *ZIP[1:], "--sigma", 0.2), "is not a Stable-Baselines3 model file"),
     "wrong algorithm": (("certify", *ZIP, "--sigma", 0.2, "--algo", "dqn"), "pass the right --algo"),
-    "unknown algorithm": (("certify", *ZIP, "--sigma", 0.2, "--algo", "sac"), "algo must be one of"),
-    "continuous actions": (("certify", "HERE/continuous.zip", *ZIP[1:], "--sigma", 0.2), "continuous actions have no view yet"),
+    "unknown algorithm": (("certify", *ZIP, "--sigma", 0.2, "--algo", "trpo"), "algo must be one of"),
+    "continuous actions": (("certify", "HERE/continuous.zip", *ZIP[1:], "--sigma", 0.2), "the policy takes observations of shape (3,)"),
     "unknown environment": (("certify", "HERE/agent.zip", "--env", "Carpole-v1", "--sigma", 0.2), "unknown environment id"),
-    "other observations": (("certify", "HERE/agent.zip", "--env", "MountainCar-v0", "--sigma", 0.2), "the model takes observations of shape"),
-    "frame stack": (("certify", *ZIP, "--sigma", 0.2, "--frame-stack", 2), "the model takes observations"),
+    "other observations": (("certify", "HERE/agent.zip", "--env", "MountainCar-v0", "--sigma", 0.2), "the policy takes observations of shape"),
+    "frame stack": (("certify", *ZIP, "--sigma", 0.2, "--frame-stack", 2), "does it stack 1 frames?"),
     "zero frame stack": (("certify", *ZIP, "--sigma", 0.2, "--frame-stack", 0), "frame_stack must be"),
     "negative sigma": (("certify", *ZIP, "--sigma", -1), "sigma must be"),
     "nan sigma": (("certify", *ZIP, "--sigma", "nan"), "sigma must be"),
@@ -329,7 +330,25 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "train into a file": ((*TRAIN, "--out", "HERE/agent.zip"), "FileExistsError|NotADirectory"),
     "train for no steps": ((*TRAIN[:-4], "--timesteps", 0, "--out", "HERE/new"), "timesteps must be"),
     "train in no environment": ((*TRAIN, "--n-envs", 0, "--out", "HERE/new"), "n_envs must be"),
-    "train an unknown algorithm": ((*TRAIN, "--algo", "sac", "--out", "HERE/new"), "algo must be one of"),
+    "train an unknown algorithm": ((*TRAIN, "--algo", "trpo", "--out", "HERE/new"), "algo must be one of"),
+    "train an algorithm for other actions": ((*TRAIN, "--algo", "sac", "--out", "HERE/new"), "sac needs a Box action space"),
+    "train off-policy on learned statistics": (
+        (*TRAIN, "--algo", "dqn", "--sigma", 0.1, "--normalize", "--out", "HERE/new"),
+        "its replay buffer would get the observations",
+    ),
+    "train with hyperparameters that are no JSON": ((*TRAIN, "--hyperparameters", "{", "--out", "HERE/new"), "--hyperparameters must be a JSON object"),
+    "train with a list of hyperparameters": ((*TRAIN, "--hyperparameters", "[1]", "--out", "HERE/new"), "--hyperparameters must be a JSON object"),
+    "train with odd environment arguments": ((*TRAIN, "--env-kwargs", '{"wings": 2}', "--out", "HERE/new"), "cannot be made with"),
+    "no normalisation file": (("certify", *ZIP, "--sigma", 0.2, "--normalization", "HERE/none.npz"), "no normalisation file"),
+    "normalisation that is none": (("certify", *ZIP, "--sigma", 0.2, "--normalization", "HERE/text.npz"), "is not a normalisation file"),
+    "pickled normalisation without trust": (("certify", *ZIP, "--sigma", 0.2, "--normalization", "HERE/text.zip"), "is a pickle"),
+    "unknown engine": (("certify", *ZIP, "--sigma", 0.2, "--engine", "warp"), "engine must be one of"),
+    "engine of another environment": (("certify", *ZIP, "--sigma", 0.2, "--engine", "ale"), "engine='ale'"),
+    "unreachable cluster": (("certify", *ZIP, "--sigma", 0.2, "--ray", "nowhere"), "address"),
+    "environment arguments that are no object": (("certify", *ZIP, "--sigma", 0.2, "--env-kwargs", "3"), "--env-kwargs must be a JSON object"),
+    "threshold of another attack": (("attack", *ZIP, "--sigma", 0.2, "--attack", "mad", "--threshold", 1), "--threshold belongs to pgd and flip"),
+    "unknown norm": (("attack", *ZIP, "--sigma", 0.2, "--norm", 3), "norm must be one of"),
+    "norm that is no number": (("attack", *ZIP, "--sigma", 0.2, "--norm", "two"), "--norm: 'two' is not a number"),
     "train with continuous actions": (("train", "--env", "Nothing-v0", "--out", "HERE/new"), "unknown environment id"),
 }  # fmt: skip
 
@@ -456,12 +475,12 @@ def test_the_demo_runs_from_end_to_end(robustrl: Run, tmp_path: Path) -> None:
 
 
 def test_budget_lists_read_as_they_are_written() -> None:
-    assert cli._budgets("0:1:11") == [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]
-    assert cli._budgets("0.5") == [0.5]
-    assert cli._budgets("0.3,0.1") == [0.3, 0.1]
-    assert cli._budgets("2:2:1") == [2]
-    assert np.isinf(cli._budgets("inf"))
-    assert cli._until("190@0.2") == (190, 0.2)
+    assert options.parse_budgets("0:1:11") == [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]
+    assert options.parse_budgets("0.5") == [0.5]
+    assert options.parse_budgets("0.3,0.1") == [0.3, 0.1]
+    assert options.parse_budgets("2:2:1") == [2]
+    assert np.isinf(options.parse_budgets("inf"))
+    assert options.parse_until("190@0.2") == (190, 0.2)
 
 
 def test_warnings_do_not_stop_a_command(robustrl: Run, tmp_path: Path) -> None:

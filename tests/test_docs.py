@@ -27,6 +27,13 @@ def test_the_tutorial_runs_block_after_block(tmp_path: Path, monkeypatch: pytest
         exec(block, namespace)  # the page is ours
 
 
+def test_the_page_on_agents_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks("docs/agents.md")
+    exec(block, {})  # the page is ours
+    assert (tmp_path / "normalization.npz").exists()
+
+
 def test_the_readme_example_runs_with_fewer_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (block,) = blocks("README.md")

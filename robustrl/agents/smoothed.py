@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from numpy.typing import NDArray
 
+from robustrl.envs.joint import as_batch, join, joint_box
 from robustrl.errors import check_choice, check_count
 from robustrl.noise import Noise
-from robustrl.policy import Padding, PolicyView, push_frame, start_stack
+from robustrl.policy import Normalization, Padding, PolicyView, push_frame, start_stack
 from robustrl.seeding import torch_generator
 
 
@@ -22,10 +24,13 @@ class SmoothedAgent:
     majority vote over many draws would be a different agent with a different certificate.
 
     Args:
-        model: an SB3 model (PPO, A2C, DQN) or a `PolicyView`.
+        model: an SB3 model (PPO, A2C, DQN, SAC, TD3, DDPG, RecurrentPPO) or a `PolicyView`.
         noise: the mechanism.
         frame_stack: frames in one observation of the model.
         stack_padding: how an episode's first stack is filled.
+        normalization: frozen normalisation of every frame before the noise.
+        observation_space: the environment's, where it differs from the model's: images with channels last, or pixels in
+            [0, 1] for a model of byte images. Dictionaries are joined key by key.
         seed: seed of the noise.
 
     Examples:
@@ -37,13 +42,35 @@ class SmoothedAgent:
     """
 
     def __init__(
-        self, model: Any, noise: Noise, *, frame_stack: int = 1, stack_padding: Padding = "reset", seed: int | None = None
+        self,
+        model: Any,
+        noise: Noise,
+        *,
+        frame_stack: int = 1,
+        stack_padding: Padding = "reset",
+        normalization: Normalization | None = None,
+        observation_space: spaces.Space[Any] | None = None,
+        seed: int | None = None,
     ) -> None:
         if not isinstance(noise, Noise):
             raise TypeError(f"noise must be a robustrl noise mechanism such as Gaussian(0.2), got {noise!r}")
         noise.require("episode")
-        self.policy = PolicyView.of(model, n_frames=check_count("frame_stack", frame_stack))
-        self.noise, self.frame_stack = noise, frame_stack
+        if normalization is not None and not isinstance(normalization, Normalization):
+            raise TypeError(f"normalization must be a robustrl Normalization, got {normalization!r}; try Normalization.of(...)")
+        self.space = getattr(model, "observation_space", None) if observation_space is None else observation_space
+        self.policy = PolicyView.of(
+            model,
+            n_frames=check_count("frame_stack", frame_stack),
+            frame_space=observation_space,
+            normalization=normalization,
+        )
+        if observation_space is not None and joint_box(observation_space).shape != self.policy.frame_shape:
+            raise ValueError(f"observation_space must hold frames of shape {self.policy.frame_shape}, got {observation_space}")
+        if normalization is not None and normalization.mean.shape != self.policy.frame_shape:
+            raise ValueError(
+                f"normalization has statistics of shape {normalization.mean.shape}, but frames have {self.policy.frame_shape}"
+            )
+        self.noise, self.frame_stack, self.normalization = noise, frame_stack, normalization
         self.stack_padding: Padding = check_choice("stack_padding", stack_padding, ("reset", "zero"))
         self.set_random_seed(seed)
 
@@ -55,52 +82,65 @@ class SmoothedAgent:
 
     def predict(
         self,
-        observation: NDArray[Any],
+        observation: Any,
         state: tuple[NDArray[Any], ...] | None = None,
         episode_start: NDArray[Any] | None = None,
         deterministic: bool = False,
-    ) -> tuple[NDArray[np.int64], tuple[NDArray[Any], ...]]:
+    ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...]]:
         """SB3's `predict`, for one clean frame or a batch of them.
 
         Args:
-            observation: clean frames, shape (n, *frame) or (*frame).
-            state: what the last call returned; it holds the frame stacks. None at the start.
+            observation: clean frames, shape (n, *frame) or (*frame), or a dictionary of them.
+            state: what the last call returned; it holds the frame stacks, and the memory of a recurrent policy. None at the
+                start.
             episode_start: which episodes start with this frame, shape (n,); None for none (all, when `state` is None).
             deterministic: greedy action on the noisy observation, or sample.
         Returns:
-            actions (n,) or a scalar array, and the new state.
+            actions (n, ...) or a single one, and the new state.
         Raises:
             ValueError: if the shape of frames or state is wrong, or a frame is not finite.
         """
-        frames = np.array(observation)  # a copy: environments may hand out read-only or strided arrays
-        single = frames.shape == self.policy.frame_shape
-        if single:
-            frames = frames[None]
-        if frames.shape[1:] != self.policy.frame_shape:
-            raise ValueError(
-                f"observation must have shape {self.policy.frame_shape} or (n, *{self.policy.frame_shape}), got {frames.shape}"
-            )
-        if not np.isfinite(frames).all():
-            raise ValueError("observation must be finite, got NaN or inf")
+        frames, single = self._frames(observation)
         tensor = torch.from_numpy(frames).to(self.policy.device)
         seen = self.noise.perturb(tensor, self._noise_generator).float()
-        fresh = start_stack(seen, self.frame_stack, self.stack_padding)
-        if state is None:
-            stack = fresh
+        stack, memory = start_stack(seen, self.frame_stack, self.stack_padding), self.policy.memory(len(frames))
+        if state is not None:
+            given, needed = ([tuple(part.shape) for part in parts if part is not None] for parts in (state, (stack, memory)))
+            if given != needed:
+                raise ValueError(f"state holds arrays of shapes {given}, but the policy and this observation need {needed}")
+            starts = np.atleast_1d(False if episode_start is None else episode_start).astype(bool)
+            if episode_start is not None and starts.shape != (len(frames),):
+                raise ValueError(f"episode_start must have shape ({len(frames)},), got {starts.shape}")
+            going_on = torch.from_numpy(np.broadcast_to(~starts, len(frames)).copy()).to(seen.device)
+            stack[going_on] = push_frame(torch.from_numpy(state[0]).to(seen.device), seen)[going_on]
+            if memory is not None:
+                memory[going_on] = torch.from_numpy(state[1]).to(seen.device)[going_on]
+        draws = None if deterministic else self.policy.draw(len(frames), self._action_generator)
+        self.policy.eval()  # training elsewhere may have switched the shared layers
+        actions, memory = self.policy.decide(stack, memory, batch=len(frames), deterministic=deterministic, draws=draws)
+        result = self.policy.received(actions)
+        after = (stack,) if memory is None else (stack, memory)
+        return (result[0] if single else result), tuple(part.cpu().numpy() for part in after)
+
+    def _frames(self, observation: Any) -> tuple[NDArray[Any], bool]:
+        """Clean frames (n, *frame), normalised, and whether there was a single one."""
+        shape = self.policy.frame_shape
+        if isinstance(observation, dict):
+            if not isinstance(self.space, spaces.Dict) or set(observation) != set(self.space):
+                raise ValueError(f"observation must fit {self.space}, got the keys {sorted(observation)}")
+            single = all(np.shape(observation[key]) == part.shape for key, part in self.space.items())
+            batch = as_batch(observation) if single else observation
+            rows = {len(np.atleast_1d(part)) for part in batch.values()}
+            if len(rows) > 1 or any(np.shape(batch[key])[1:] != part.shape for key, part in self.space.items()):
+                shapes = {key: np.shape(part) for key, part in observation.items()}
+                raise ValueError(f"observation must fit {self.space}, or a batch of it, got shapes {shapes}")
+            frames = join(batch, self.space)
         else:
-            if state[0].shape != tuple(fresh.shape):
-                raise ValueError(
-                    f"state holds frame stacks of shape {state[0].shape}, but the observation needs {tuple(fresh.shape)}"
-                )
-            stack = push_frame(torch.from_numpy(state[0]).to(seen.device), seen)
-            if episode_start is not None:
-                starts = np.atleast_1d(episode_start).astype(bool)
-                if starts.shape != (len(frames),):
-                    raise ValueError(f"episode_start must have shape ({len(frames)},), got {starts.shape}")
-                stack[torch.from_numpy(starts)] = fresh[torch.from_numpy(starts)]
-        uniforms = None
-        if not deterministic:
-            uniforms = torch.rand(len(frames), 2, generator=self._action_generator, device=seen.device)
-        actions = self.policy.act_blocked(stack, batch=len(frames), deterministic=deterministic, uniforms=uniforms)
-        result = actions.cpu().numpy()
-        return (result[0] if single else result), (stack.cpu().numpy(),)
+            frames = np.array(observation)  # a copy: environments may hand out read-only or strided arrays
+            single = frames.shape == shape
+            frames = frames[None] if single else frames
+        if frames.shape[1:] != shape:
+            raise ValueError(f"observation must have shape {shape} or (n, *{shape}), got {frames.shape}")
+        if not np.isfinite(frames).all():
+            raise ValueError("observation must be finite, got NaN or inf")
+        return (frames if self.normalization is None else self.normalization(frames)), single

@@ -31,6 +31,12 @@ class AttackContext:
         first_step: whether the episode starts here; then a frame stack with "reset" padding repeats the newest frame.
         padding: how an episode's first stack is filled.
         generator: the attacker's own random stream.
+        norm: the norm of the threat model.
+        step: how many steps the episode has had.
+        steps_left: most steps the episode can still have, this one included.
+        remaining: episode budget left, float64 (n,), inf without one; None for as much as the allowance.
+        memory: what a recurrent policy remembers (n, *memory_shape), or None.
+        pixels: the range that attacked pictures stay in, or None for observations that are no pictures.
     """
 
     policy: PolicyView
@@ -42,6 +48,12 @@ class AttackContext:
     first_step: bool
     padding: Padding
     generator: torch.Generator
+    norm: float = 2
+    step: int = 0
+    steps_left: int = 1
+    remaining: Tensor | None = None
+    memory: Tensor | None = None
+    pixels: tuple[float, float] | None = None
 
     def observation(self, frames: Tensor) -> Tensor:
         """What the network would see if the newest frame were `frames` (n, *frame); float32, differentiable in them."""
@@ -50,15 +62,33 @@ class AttackContext:
             return self.policy.fold(stack).float()
         return self.policy.fold(self.seen_stack, frames).float()
 
+    def scores(self, frames: Tensor) -> Tensor:
+        """The policy's scores (n, n_scores) if the newest frames were `frames`; differentiable in them."""
+        return self.policy.scores(self.observation(frames), self.memory)
+
     def select(self, rows: Tensor) -> AttackContext:
         """The context of some of the episodes."""
         values = {**self.__dict__}
-        for name in ("clean_stack", "seen_stack", "allowance"):
-            values[name] = values[name][rows]
+        for name in ("clean_stack", "seen_stack", "memory", "allowance", "remaining"):
+            values[name] = None if values[name] is None else values[name][rows]
         return AttackContext(**values)
 
 
-class Attack(ABC):
+class Described:
+    """Something that reports and chunk folders are identified by: its name and its attributes."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: the name and the attributes, nested where they describe themselves."""
+        return {"kind": type(self).__name__, **{key: _plain(value) for key, value in vars(self).items()}}
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, Described):
+        return value.to_dict()
+    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
+
+
+class Attack(Described, ABC):
     """An observation attacker: true frames in, delivered frames out."""
 
     @abstractmethod
@@ -75,10 +105,3 @@ class Attack(ABC):
     def check(self, policy: PolicyView, threat: ThreatModel, noise: Noise | None) -> None:
         """Raise ValueError if the attack cannot serve this threat model, policy or noise; called before any work."""
         del policy, threat, noise
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for reports: the attack's name and its attributes."""
-        plain = {
-            key: value if isinstance(value, bool | int | float | str) else repr(value) for key, value in vars(self).items()
-        }
-        return {"kind": type(self).__name__, **plain}

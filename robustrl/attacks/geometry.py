@@ -1,14 +1,27 @@
-"""Staying inside the ball, in the precision that the ledger charges in."""
+"""Directions, balls and ranges: staying inside them in the precision that the ledger charges in.
+
+Norms are 1, 2 and inf, of whole rows. Steepest ascent and projections: Duchi, Shalev-Shwartz, Singer, Chandra (ICML 2008)
+for the l1 ball; the others are elementary.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
+NORMS = (1, 2, math.inf)
+SPREAD_L1 = 0.01
+"""Share of the entries that an l1 step moves. The steepest direction moves one, but a picture's entry has nowhere to go."""
 
-def row_norms(delta: Tensor) -> Tensor:
-    """l2 norm of every row, float64; (n, *frame) -> (n,)."""
-    norms: Tensor = torch.linalg.vector_norm(delta.double().flatten(1), dim=1)
+Pixels = tuple[float, float] | None
+"""The range of a picture's entries; None for observations that are no pictures."""
+
+
+def row_norms(delta: Tensor, norm: float = 2) -> Tensor:
+    """Norm of every row, float64; (n, *frame) -> (n,)."""
+    norms: Tensor = torch.linalg.vector_norm(delta.double().flatten(1), ord=norm, dim=1)
     return norms
 
 
@@ -25,26 +38,122 @@ def unit(gradient: Tensor) -> Tensor:
     return torch.where(per_row(usable, gradient).bool(), scaled.to(gradient.dtype), torch.zeros_like(gradient))
 
 
+def ascent(gradient: Tensor, norm: float = 2) -> Tensor:
+    """Directions of norm at most 1 in which rows of a function rise most; zero where there is no (finite) gradient.
+
+    Norm inf: the signs. Norm 1: evenly over the largest `SPREAD_L1` of the entries, one at least.
+    """
+    if norm == 2:
+        return unit(gradient)
+    flat = _usable(gradient)
+    direction = flat.sign()
+    if norm == 1:
+        moved = math.ceil(SPREAD_L1 * flat.shape[1])
+        largest = flat.abs().topk(moved, dim=1).indices
+        direction = torch.zeros_like(flat).scatter(1, largest, direction.gather(1, largest) / moved)
+    return direction.reshape(gradient.shape)
+
+
+def _usable(gradient: Tensor) -> Tensor:
+    """Flat rows; zero where one is not finite."""
+    flat = gradient.flatten(1)
+    return torch.where(torch.isfinite(flat).all(1, keepdim=True), flat, 0.0)
+
+
 def project_l2(delta: Tensor, radius: Tensor) -> Tensor:
     """Shrink the rows that are longer than `radius` (n,) onto the ball."""
     norms = row_norms(delta)
     return delta * per_row(torch.where(norms > radius, radius / norms.clamp_min(1e-300), 1.0), delta)
 
 
-def deliver(frames: Tensor, delta: Tensor, radius: Tensor) -> Tensor:
-    """frames + delta, shrunk until the *delivered* perturbation, after rounding, is within `radius` (n,).
+def project(delta: Tensor, radius: Tensor, norm: float = 2) -> Tensor:
+    """The nearest points, in l2, of the balls of `radius` (n,)."""
+    if norm == 2:
+        return project_l2(delta, radius)
+    if norm == math.inf:
+        edge = per_row(radius, delta)
+        return torch.minimum(torch.maximum(delta, -edge), edge)
+    sizes = delta.double().flatten(1).abs()
+    ordered = sizes.sort(dim=1, descending=True).values
+    excess = (ordered.cumsum(1) - radius[:, None]) / torch.arange(1, sizes.shape[1] + 1, device=delta.device)
+    last = (ordered > excess).sum(1, keepdim=True).clamp_min(1) - 1
+    shrunk = (sizes - excess.gather(1, last).clamp_min(0.0)).clamp_min(0.0)
+    return delta.sign() * shrunk.reshape(delta.shape).to(delta.dtype)
 
-    Rounding frames + delta to the frames' dtype can lengthen the perturbation; what still does not fit after a few
-    shrinks (a budget below the dtype's resolution) is not spent at all.
+
+def random_direction(attackable: Tensor, norm: float, generator: torch.Generator) -> Tensor:
+    """A random point of the unit sphere of the attackable entries (*frame); for norm inf a point of the cube.
+
+    Norms 2 and 1: Gaussian or Laplace entries, normalised, which makes the point uniform.
     """
-    delivered = frames + delta
-    for _ in range(4):
-        norms = row_norms(delivered.double() - frames.double())
+    entries = torch.randn(attackable.shape, generator=generator, device=attackable.device) * attackable
+    match norm:
+        case 2:
+            return unit(entries[None])[0]
+        case 1:
+            entries = entries.sign() * torch.empty_like(entries).exponential_(generator=generator)
+            return entries / entries.abs().sum()
+        case _:
+            cube: Tensor = torch.special.erf(entries / math.sqrt(2))  # uniform in (-1, 1)
+            return cube
+
+
+def moved(frames: Tensor, delta: Tensor, pixels: Pixels = None) -> Tensor:
+    """frames + delta; pictures stay in their range, and what was outside goes no farther. No entry's change grows or turns."""
+    if pixels is None:
+        return frames + delta
+    low, high = pixels
+    return torch.maximum(torch.minimum(frames + delta, frames.clamp_min(high)), frames.clamp_max(low))
+
+
+def within(frames: Tensor, delta: Tensor, pixels: Pixels) -> Tensor:
+    """What is left of a perturbation of pictures in their range."""
+    return delta if pixels is None else moved(frames, delta, pixels) - frames
+
+
+def unblocked(gradient: Tensor, frames: Tensor, pixels: Pixels) -> Tensor:
+    """The gradient at `frames`, without entries that have reached the end of their range."""
+    if pixels is None:
+        return gradient
+    low, high = pixels
+    return gradient.masked_fill(((frames >= high) & (gradient > 0)) | ((frames <= low) & (gradient < 0)), 0.0)
+
+
+def farthest(gradient: Tensor, frames: Tensor, radius: Tensor, norm: float, pixels: Pixels) -> Tensor:
+    """Perturbations of norm `radius` (n,) at most that follow a gradient as far as possible, pictures in their range.
+
+    The maximum of a linear function, but for norm 2 at the ends of the range, where the rest of the budget is left. Norm 1
+    takes the entries with the largest gradient to the end of their range, one after the other.
+    """
+    if norm != 1:
+        direction = ascent(unblocked(gradient, frames, pixels), norm)
+        return within(frames, direction * per_row(radius, direction), pixels)
+    flat, x, budget = _usable(gradient).double(), frames.flatten(1).double(), radius[:, None]
+    room = budget.expand(x.shape)
+    if pixels is not None:
+        low, high = pixels
+        room = torch.minimum(torch.where(flat > 0, high - x, x - low).clamp_min(0.0), budget)
+    order = flat.abs().argsort(dim=1, descending=True, stable=True)
+    sizes = (room * (flat != 0)).gather(1, order)
+    sizes = torch.minimum(sizes, (budget - sizes.cumsum(1) + sizes).clamp_min(0.0))
+    steps = torch.zeros_like(flat).scatter(1, order, sizes) * flat.sign()
+    return steps.reshape(gradient.shape).to(gradient.dtype)
+
+
+def deliver(frames: Tensor, delta: Tensor, radius: Tensor, norm: float = 2, pixels: Pixels = None) -> Tensor:
+    """frames + delta, shrunk until the *delivered* perturbation, after rounding, is within `radius` (n,) and `pixels`.
+
+    Rounding frames + delta to the frames' dtype can lengthen the perturbation; what still does not fit after shrinks that
+    grow by and by (a budget below the dtype's resolution) is not spent at all.
+    """
+    delivered = moved(frames, delta, pixels)
+    for excess in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
+        norms = row_norms(delivered.double() - frames.double(), norm)
         over = norms > radius
         if not over.any():
             return delivered
-        shrink = torch.where(over, radius / norms.clamp_min(1e-300) * (1 - 1e-6), 1.0)
+        shrink = torch.where(over, radius / norms.clamp_min(1e-300) * (1 - excess), 1.0)
         delta = delta * per_row(shrink, delta)
-        delivered = torch.where(per_row(over, frames).bool(), frames + delta, delivered)
-    over = row_norms(delivered.double() - frames.double()) > radius
+        delivered = torch.where(per_row(over, frames).bool(), moved(frames, delta, pixels), delivered)
+    over = row_norms(delivered.double() - frames.double(), norm) > radius
     return torch.where(per_row(over, frames).bool(), frames, delivered)

@@ -1,4 +1,4 @@
-"""Adaptive attacks on smoothed policies with a whole-episode l2 budget.
+"""Adaptive attacks on smoothed policies with discrete actions and a whole-episode budget.
 
 At every step the attacker asks whether some perturbation within its *remaining* budget makes the smoothed policy prefer a
 worse action, and if so pays for the smallest one it finds. It averages the policy over `draws` noise samples, shared by
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from robustrl.attacks.base import Attack, AttackContext
-from robustrl.attacks.geometry import deliver, per_row, project_l2, row_norms, unit
+from robustrl.attacks.expectation import answers, check_threat, rows_per_block, samples
+from robustrl.attacks.geometry import ascent, deliver, farthest, per_row, project, row_norms, unblocked, within
 from robustrl.errors import check_count, check_positive, check_real
-from robustrl.noise import Gaussian, Laplace, Noise, Uniform
+from robustrl.noise import Noise
 from robustrl.policy import PolicyView
 from robustrl.threat import ThreatModel
 
@@ -51,22 +52,17 @@ class FlipAttack(Attack):
             raise ValueError(f"threshold must be >= 0, got {self.threshold}")
 
     def check(self, policy: PolicyView, threat: ThreatModel, noise: Noise | None) -> None:
-        if threat.norm != 2:
-            raise ValueError(f"{type(self).__name__} spends l2 budgets; threat.norm must be 2, got {threat.norm}")
-        if threat.units != "raw":
-            raise ValueError(f"{type(self).__name__} attacks in raw units; got units={threat.units!r}")
-        threat.attackable(policy.frame_shape)
-        if math.isinf(min(limit for limit in (threat.step, threat.episode) if limit is not None)):
-            raise ValueError(f"{type(self).__name__} needs a finite budget, got step={threat.step}, episode={threat.episode}")
-        if not isinstance(noise, Gaussian | Uniform | Laplace | None):
-            raise ValueError(f"{type(self).__name__} needs additive noise, got {noise}")
+        name = type(self).__name__
+        check_threat(name, policy, threat, noise)
+        if not policy.discrete:
+            raise ValueError(f"{name} flips discrete actions, the policy acts in {policy.action_space}: use GradientAttack")
 
     def perturb(self, frames: Tensor, context: AttackContext) -> Tensor:
         with_budget = torch.nonzero(context.allowance > 0).flatten()
         if not len(with_budget):
             return frames
         x, part = frames[with_budget], context.select(with_budget)
-        noise = self._noise(part, tuple(frames.shape[1:]), frames.dtype)
+        noise = samples(part.noise, (self.draws, *frames.shape[1:]), part.generator, frames.dtype, x.device)
         scores = self._clean_scores(part)
         best = scores.amax(1, keepdim=True)
         worthwhile = scores + self.threshold <= best
@@ -74,7 +70,10 @@ class FlipAttack(Attack):
         rows, targets = torch.nonzero(worthwhile, as_tuple=True)
         if not len(rows):
             return frames
-        deltas, reached = self.search(x, _Pairs(rows, targets), part, noise)
+        pairs = _Pairs(rows, targets)
+        blocks = torch.split(torch.arange(len(rows), device=x.device), rows_per_block(part, len(noise)))
+        found = [self.search(x, pairs.select(some), part, noise) for some in blocks]
+        deltas, reached = (torch.cat(kind) for kind in zip(*found, strict=True))
 
         cost = torch.where(reached, scores[rows, targets].double(), math.inf)
         lowest = torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device).scatter_reduce(0, rows, cost, "amin")
@@ -82,7 +81,8 @@ class FlipAttack(Attack):
         delta = torch.zeros_like(x)
         delta[rows[chosen]] = deltas[chosen]
         result = frames.clone()
-        result[with_budget] = torch.where(per_row(row_norms(delta) > 0, x).bool(), deliver(x, delta, part.allowance), x)
+        delivered = deliver(x, delta, part.allowance, context.norm, context.pixels)
+        result[with_budget] = torch.where(per_row(row_norms(delta) > 0, x).bool(), delivered, x)
         return result
 
     @abstractmethod
@@ -98,22 +98,18 @@ class FlipAttack(Attack):
             perturbations (m, *frame), float, and whether they reach the target (m,).
         """
 
-    def _noise(self, context: AttackContext, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return _samples(context.noise, (self.draws, *shape), context.generator, dtype, context.allowance.device)
-
     def _clean_scores(self, context: AttackContext) -> Tensor:
         """Mean scores over noisy copies of the whole clean stack, (n, n_actions)."""
-        stack = context.clean_stack
-        noise = _samples(context.noise, (self.draws, *stack.shape[1:]), context.generator, stack.dtype, stack.device)
-        noisy = (stack.unsqueeze(1) + noise).flatten(0, 1)
+        stack, policy = context.clean_stack, context.policy
+        noise = samples(context.noise, (self.draws, *stack.shape[1:]), context.generator, stack.dtype, stack.device)
         with torch.no_grad():
-            return _grouped(context.policy.scores(context.policy.fold(noisy).float()), len(stack)).mean(1)
+            return answers(
+                lambda part, noisy: policy.scores(policy.fold(noisy).float(), part.memory), stack, context, noise
+            ).mean(1)
 
     def _draw_scores(self, x: Tensor, rows: Tensor, context: AttackContext, noise: Tensor) -> Tensor:
         """Scores of every noise draw when the newest frames are `x` (m, *frame): (m, draws, n_actions)."""
-        part = context.select(rows.repeat_interleave(len(noise)))
-        noisy = (x.unsqueeze(1) + noise).flatten(0, 1)
-        return _grouped(context.policy.scores(part.observation(noisy)), len(x))
+        return answers(AttackContext.scores, x, context.select(rows), noise)
 
 
 @dataclass(frozen=True)
@@ -121,7 +117,7 @@ class SmoothedPGD(FlipAttack):
     """The policy-smoothing paper's attack: short steps along the gradient until the mean score's argmax is the target.
 
     Args:
-        step_size: l2 length of a gradient step, observation units.
+        step_size: length of a gradient step in the threat's norm, observation units.
         multiplier: at most floor(multiplier * remaining budget / step_size) steps.
         draws, threshold: see `FlipAttack`.
 
@@ -155,8 +151,10 @@ class SmoothedPGD(FlipAttack):
                 break
             loss = torch.nn.functional.cross_entropy(scores, some.targets, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, point)
-            moved = project_l2(delta[trying] - self.step_size * unit(gradient * context.attackable), radius[trying])
-            go_on &= row_norms(moved - delta[trying]) > 1e-4 * self.step_size
+            uphill = ascent(unblocked(-gradient * context.attackable, point, context.pixels), context.norm)
+            moved = project(delta[trying] + self.step_size * uphill, radius[trying], context.norm)
+            moved = within(x[some.rows], moved, context.pixels)
+            go_on &= row_norms(moved - delta[trying], context.norm) > 1e-4 * self.step_size
             delta[trying[go_on]] = moved[go_on]
             trying, step = trying[go_on], step + 1
         return delta, reached
@@ -202,9 +200,9 @@ class MinimalFlip(FlipAttack):
             target = scores.gather(2, some.targets[:, None, None].expand(-1, scores.shape[1], 1)).squeeze(2)
             others = scores.scatter(2, some.targets[:, None, None].expand(-1, scores.shape[1], 1), -math.inf).amax(2)
             (gradient,) = torch.autograd.grad((target - others).sum(), point)
-            direction = unit(gradient * context.attackable)
-            lost &= row_norms(direction) > 0
-            full[trying[lost]] = (direction * per_row(radius, direction))[lost]
+            moved = farthest(gradient * context.attackable, x[some.rows], radius, context.norm, context.pixels)
+            lost &= row_norms(moved) > 0
+            full[trying[lost]] = moved[lost]
             trying = trying[lost]
             if not len(trying):
                 break
@@ -223,17 +221,3 @@ class MinimalFlip(FlipAttack):
     def _won(self, scores: Tensor, targets: Tensor) -> Tensor:
         votes = (scores.argmax(2) == targets[:, None]).double().mean(1)
         return votes >= self.confidence
-
-
-def _grouped(scores: Tensor, n: int) -> Tensor:
-    """(n * draws, n_actions) -> (n, draws, n_actions)."""
-    return scores.reshape(n, -1, scores.shape[1])
-
-
-def _samples(
-    noise: Noise | None, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Draws of an additive mechanism, or a single zero without noise."""
-    if noise is None:
-        return torch.zeros((1, *shape[1:]), dtype=dtype, device=device)
-    return noise.perturb(torch.zeros(shape, dtype=dtype, device=device), generator)

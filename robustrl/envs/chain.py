@@ -62,6 +62,11 @@ class Layer:
         return isinstance(self.env, gym.ObservationWrapper | VectorObservationWrapper) and type(self.env) not in RESHAPING
 
     @property
+    def ends_with_a_life(self) -> bool:
+        """Whether the layer ends an episode when a life is lost, as learners like it."""
+        return type(self.env).__name__ == "EpisodicLifeEnv" or getattr(self.env, "terminal_on_life_loss", False) is True
+
+    @property
     def changes_rewards(self) -> bool:
         """Whether the layer is known to change rewards or what counts as an episode."""
         if self.role == "normalize":
@@ -135,15 +140,14 @@ def _names(layers: list[Layer]) -> list[str]:
     return [layer.name for layer in layers]
 
 
-def check_order(env: Any) -> list[Layer]:
+def check_order(env: Any, *, off_policy: bool = False) -> list[Layer]:
     """Raise ChainError if the order of wrappers breaks the proof; the part of `check_chain` that needs no horizon."""
     layers = layers_of(env)
-    index = {
-        role: [i for i, layer in enumerate(layers) if layer.role == role]
-        for role in ("noise", "attack", "frame_stack", "monitor", "normalize")
-    }
+    index = _index(layers)
     rewards = [i for i, layer in enumerate(layers) if layer.changes_rewards]
     text = " -> ".join(_names(layers))
+    if off_policy:
+        check_replay(env)
     if len(index["noise"]) > 1:
         raise ChainError(f"two noise wrappers in {text}: the certificate would not know which to count; keep one")
     for i in index["normalize"]:
@@ -187,11 +191,36 @@ def check_order(env: Any) -> list[Layer]:
     return layers
 
 
-def check_chain(env: Any) -> Chain:
+def _index(layers: list[Layer]) -> dict[str, list[int]]:
+    roles = ("noise", "attack", "frame_stack", "monitor", "normalize")
+    return {role: [i for i, layer in enumerate(layers) if layer.role == role] for role in roles}
+
+
+def check_replay(env: Any) -> None:
+    """Raise ChainError if SB3's off-policy learners would store clean observations.
+
+    They keep `get_original_obs()` of any VecNormalize in the chain, wherever it sits.
+    """
+    layers = layers_of(env)
+    index = _index(layers)
+    normalizers = [
+        i for i in index["normalize"] if hasattr(layers[i].env, "get_original_obs") and layers[i].changes_observations
+    ]
+    for i in normalizers:
+        outside = [layers[j].name for j in index["noise"] + index["attack"] + index["frame_stack"] if j > i]
+        if outside:
+            raise ChainError(
+                f"{outside[0]} outside {layers[i].name} with an off-policy learner: its replay buffer would get the observations "
+                f"as they were inside {layers[i].name}, clean; put {layers[i].name} outermost, or use make_vec_env(normalization=...)"
+            )
+
+
+def check_chain(env: Any, *, off_policy: bool = False) -> Chain:
     """Inspect a wrapper chain and raise on everything that breaks the proof of an episode certificate.
 
     Args:
         env: a `gymnasium.Env`, a `gymnasium.vector.VectorEnv` or an SB3 `VecEnv`.
+        off_policy: also check what a DQN, SAC, TD3 or DDPG learner would store in its replay buffer.
     Returns:
         the chain: layer names from the environment outwards, noise mechanism, horizon.
     Raises:
@@ -204,7 +233,7 @@ def check_chain(env: Any) -> Chain:
         >>> print(rrl.check_chain(rrl.make_vec_env("CartPole-v1", noise=rrl.Gaussian(0.2), max_episode_steps=200)))
         CartPoleEnv -> PassiveEnvChecker -> OrderEnforcing -> TimeLimit -> Monitor -> DummyVecEnv -> NoiseObservation  (noise: Gaussian(sigma=0.2), horizon: 200)
     """
-    layers = check_order(env)
+    layers = check_order(env, off_policy=off_policy)
     horizon = find_horizon(layers)
     if horizon is None:
         raise ChainError(

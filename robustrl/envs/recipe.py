@@ -8,17 +8,22 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
+import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
+from numpy.typing import NDArray
 
 from robustrl.envs.chain import check_chain, check_order, find_horizon
+from robustrl.envs.joint import joint_box
 from robustrl.envs.single import NoiseObservation, RewardProbe
 from robustrl.errors import ChainError, check_choice, check_count
 from robustrl.noise import Noise, noise_from_dict
-from robustrl.policy import Padding
+from robustrl.policy import Normalization, Padding, PolicyView
+
+NormalizePlace = Literal["before_noise", "after_noise"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,9 @@ class EnvRecipe:
         noise: smoothing noise, added once per arriving frame, before the frame stack; None for an undefended agent.
         frame_stack: frames in one observation of the policy.
         stack_padding: "reset" (copies of the first frame) or "zero".
+        normalization: frozen normalisation of every frame, or None.
+        normalize: "before_noise" (noise and budgets are in normalised units) or "after_noise" (in raw units; the
+            normalisation is then part of the policy, as with an SB3 VecNormalize around `make_vec_env`).
 
     Raises:
         ChainError: if the environment has no finite horizon.
@@ -48,6 +56,8 @@ class EnvRecipe:
     noise: Noise | None = None
     frame_stack: int = 1
     stack_padding: Padding = "reset"
+    normalization: Normalization | None = None
+    normalize: NormalizePlace = "before_noise"
 
     def __post_init__(self) -> None:
         if (self.env_id is None) == (self.factory is None):
@@ -64,6 +74,11 @@ class EnvRecipe:
             check_count("max_episode_steps", self.max_episode_steps)
         check_count("frame_stack", self.frame_stack)
         check_choice("stack_padding", self.stack_padding, ("reset", "zero"))
+        if self.normalization is not None and not isinstance(self.normalization, Normalization):
+            raise TypeError(
+                f"normalization must be a robustrl Normalization, got {self.normalization!r}; try Normalization.of(...)"
+            )
+        check_choice("normalize", self.normalize, ("before_noise", "after_noise"))
         if self.env_id is not None:
             find_spec(self.env_id)
 
@@ -92,15 +107,7 @@ class EnvRecipe:
                 raise ChainError(f"the spec of {env.id} lists wrappers; pass them as wrappers= of an EnvRecipe instead")
             recipe = cls(env_id=env.id, env_kwargs=dict(env.kwargs), max_episode_steps=env.max_episode_steps)
         elif isinstance(getattr(env, "recipe", None), cls):
-            recipe, layer, extra = env.recipe, env, []
-            while layer is not env.recipe_env:
-                extra += [type(layer).__name__] if type(layer).__name__ != "VecMonitor" else []
-                layer = layer.venv
-            if extra:
-                raise ChainError(
-                    f"{', '.join(extra)} wrapped around make_vec_env(...) is not in the recipe, so it would be left out; "
-                    "pass wrapper_class= to make_vec_env, or keep it out of the certified chain"
-                )
+            recipe = _with_outer_layers(env)
         elif callable(env):
             recipe = cls(factory=env)
         else:
@@ -114,11 +121,19 @@ class EnvRecipe:
             changes["noise"] = noise
         return replace(recipe, **{name: value for name, value in changes.items() if value is not None})
 
-    def base_env(self, inner: Callable[[gym.Env[Any, Any]], gym.Env[Any, Any]] | None = None) -> gym.Env[Any, Any]:
-        """A fresh environment without noise and frame stack.
+    def base_env(
+        self,
+        inner: Callable[[gym.Env[Any, Any]], gym.Env[Any, Any]] | None = None,
+        *,
+        flat: bool = True,
+        checked: bool = True,
+    ) -> gym.Env[Any, Any]:
+        """A fresh environment without normalisation, noise and frame stack.
 
         Args:
             inner: wrapper applied before the recipe's own wrappers (a return monitor).
+            flat: join dictionary observations into one vector, keys in the space's order.
+            checked: let Gymnasium watch every step for mistakes in the environment, which takes a while.
         """
         if self.factory is not None:
             env = self.factory()
@@ -128,25 +143,33 @@ class EnvRecipe:
                 env = gym.wrappers.TimeLimit(env, self.max_episode_steps)
         else:
             assert self.env_id is not None
+            options = {} if checked else {"disable_env_checker": True}
             try:
-                env = gym.make(self.env_id, max_episode_steps=self.max_episode_steps, **self.env_kwargs)
+                env = gym.make(self.env_id, max_episode_steps=self.max_episode_steps, **options, **self.env_kwargs)
             except (TypeError, gym.error.Error) as error:
                 raise ValueError(f"environment {self.env_id!r} cannot be made with {dict(self.env_kwargs)}: {error}") from error
         if inner is not None:
             env = inner(env)
         for wrapper in self.wrappers:
             env = wrapper(env)
+        if flat and isinstance(env.observation_space, spaces.Dict):
+            env = gym.wrappers.FlattenObservation(env)
         return env
 
     @cached_property
-    def _facts(self) -> tuple[int, spaces.Space[Any], spaces.Space[Any]]:
-        env = self.base_env(inner=RewardProbe)
+    def _facts(self) -> _Facts:
+        native = self.base_env(inner=RewardProbe, flat=False)
+        env: gym.Env[Any, Any] = native
         try:
+            if isinstance(native.observation_space, spaces.Dict):
+                joint_box(native.observation_space)  # refuses entries that are no Box
+                env = gym.wrappers.FlattenObservation(native)
             layers = check_order(env if self.noise is None else NoiseObservation(env, self.noise))
             horizon = find_horizon(layers)
             if horizon is None:
                 raise ChainError(f"{self.label} has no finite horizon: pass max_episode_steps=")
-            return horizon, env.observation_space, env.action_space
+            lives = any(layer.ends_with_a_life for layer in layers)
+            return _Facts(horizon, native.observation_space, env.observation_space, env.action_space, lives)
         finally:
             env.close()
 
@@ -158,24 +181,69 @@ class EnvRecipe:
     @property
     def horizon(self) -> int:
         """Most steps an episode can have."""
-        return self._facts[0]
+        return self._facts.horizon
 
     @property
-    def frame_space(self) -> spaces.Box:
-        """Space of one clean frame.
+    def raw_space(self) -> spaces.Box:
+        """Space of one observation of the environment, before any normalisation; dictionaries joined into one vector.
 
         Raises:
             TypeError: if it is not a Box.
         """
-        space = self._facts[1]
+        space = self._facts.raw_space
         if not isinstance(space, spaces.Box):
-            raise TypeError(f"{self.label}: observations must be a Box space, got {space}")
+            raise TypeError(f"{self.label}: observations must be a Box space or a Dict of them, got {space}")
         return space
+
+    @property
+    def frame_space(self) -> spaces.Box:
+        """Space of one clean frame, as attackers and noise meet it.
+
+        Raises:
+            TypeError: if it is not a Box.
+            ValueError: if the normalisation has another shape.
+        """
+        space = self.raw_space
+        if self.normalization is None or self.normalize == "after_noise":
+            return space
+        if self.normalization.mean.shape != space.shape:
+            raise ValueError(
+                f"normalization has statistics of shape {self.normalization.mean.shape}, but {self.label} gives {space.shape}"
+            )
+        clip = self.normalization.clip
+        return spaces.Box(-clip, clip, space.shape, np.float32)
+
+    @property
+    def native_space(self) -> spaces.Space[Any]:
+        """Observation space of the environment itself, dictionaries included."""
+        return self._facts.native_space
 
     @property
     def action_space(self) -> spaces.Space[Any]:
         """Action space of one environment."""
-        return self._facts[2]
+        return self._facts.action_space
+
+    @property
+    def ends_with_a_life(self) -> bool:
+        """Whether an episode is one life of a game, not a whole game."""
+        return self._facts.ends_with_a_life
+
+    def frames(self, observations: NDArray[Any]) -> NDArray[Any]:
+        """What attackers and noise meet of raw observations (n, *shape)."""
+        if self.normalization is None or self.normalize == "after_noise":
+            return observations
+        return self.normalization(observations)
+
+    def view(self, model: Any) -> PolicyView:
+        """The view of a model that acts in this environment.
+
+        Raises:
+            TypeError: if there is no view for the model.
+            ValueError: if model and environment do not fit.
+        """
+        after = self.normalization if self.normalize == "after_noise" else None
+        policy = PolicyView.of(model, n_frames=self.frame_stack, frame_space=self.frame_space, normalization=self.normalization)
+        return policy if after is None else policy.after(after)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for files. Factories and wrappers are named, not stored: such a recipe must be passed in again."""
@@ -188,7 +256,7 @@ class EnvRecipe:
             "noise": None if self.noise is None else self.noise.to_dict(),
             "frame_stack": self.frame_stack,
             "stack_padding": self.stack_padding,
-        }
+        } | ({} if self.normalization is None else {"normalization": self.normalization.to_dict(), "normalize": self.normalize})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EnvRecipe:
@@ -203,6 +271,8 @@ class EnvRecipe:
         fields["wrappers"] = ()
         noise = fields.get("noise")
         fields["noise"] = None if noise is None else noise_from_dict(noise)
+        if fields.get("normalization") is not None:
+            fields["normalization"] = Normalization.from_dict(fields["normalization"])
         try:
             return cls(**fields)
         except TypeError as error:
@@ -211,6 +281,39 @@ class EnvRecipe:
     def fingerprint(self) -> str:
         """SHA-256 of `to_dict`."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What only an instance of the environment knows."""
+
+    horizon: int
+    native_space: spaces.Space[Any]
+    raw_space: spaces.Space[Any]
+    action_space: spaces.Space[Any]
+    ends_with_a_life: bool
+
+
+def _with_outer_layers(env: Any) -> EnvRecipe:
+    """The recipe of a vector environment, with what SB3 wrappers around it add."""
+    recipe: EnvRecipe = env.recipe
+    layer, extra = env, []
+    while layer is not env.recipe_env:
+        match type(layer).__name__:
+            case "VecMonitor" | "VecTransposeImage":  # the view transposes images as the model needs them
+                pass
+            case "VecNormalize" if recipe.normalization is None:
+                if layer.norm_obs:  # a copy of the statistics as they are now: a certificate's do not change any more
+                    recipe = replace(recipe, normalization=Normalization.of(layer), normalize="after_noise")
+            case name:
+                extra.append(name)
+        layer = layer.venv
+    if extra:
+        raise ChainError(
+            f"{', '.join(extra)} wrapped around make_vec_env(...) is not in the recipe, so it would be left out; "
+            "pass wrapper_class= to make_vec_env, or keep it out of the certified chain"
+        )
+    return recipe
 
 
 def find_spec(env_id: str) -> EnvSpec:
@@ -237,6 +340,7 @@ def make_vec_env(
     noise: Noise | None = None,
     frame_stack: int | None = None,
     stack_padding: Padding | None = None,
+    normalization: Normalization | None = None,
     max_episode_steps: int | None = None,
     seed: int | None = None,
     env_kwargs: Mapping[str, Any] | None = None,
@@ -254,6 +358,7 @@ def make_vec_env(
         noise: smoothing noise, e.g. `robustrl.Gaussian(0.2)`; None for none.
         frame_stack: frames in one observation.
         stack_padding: how an episode's first stack is filled, "reset" or "zero".
+        normalization: frozen normalisation inside the noise, whose units noise and budgets then have.
         max_episode_steps: horizon; default the registered one.
         seed: seeds environments, action spaces and noise.
         env_kwargs: keyword arguments of `gymnasium.make`.
@@ -273,6 +378,7 @@ def make_vec_env(
         noise=noise,
         frame_stack=frame_stack,
         stack_padding=stack_padding,
+        normalization=normalization,
         max_episode_steps=max_episode_steps,
         env_kwargs=env_kwargs,
     )
@@ -281,10 +387,15 @@ def make_vec_env(
     check_count("n_envs", n_envs)
     if not isinstance(recipe.action_space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
         raise TypeError(f"{recipe.label}: Stable-Baselines3 cannot act in {recipe.action_space}")
-    venv: Any = (vec_env_cls or DummyVecEnv)([lambda: recipe.base_env(inner=Monitor)] * n_envs)
+    venv: Any = (vec_env_cls or DummyVecEnv)([lambda: recipe.base_env(inner=Monitor, flat=False)] * n_envs)
     inspectable = isinstance(venv, DummyVecEnv)  # others ran the recipe's own check above, on an environment in this process
+    places = {} if recipe.normalization is None else {recipe.normalize: recipe.normalization}
+    if "before_noise" in places:
+        venv = sb3.NormalizeObservation(venv, places["before_noise"])
     if recipe.noise is not None:
         venv = sb3.NoiseObservation(venv, recipe.noise)
+    if "after_noise" in places:
+        venv = sb3.NormalizeObservation(venv, places["after_noise"])
     if recipe.frame_stack > 1:
         venv = sb3.FrameStack(venv, recipe.frame_stack, recipe.stack_padding)
     if seed is not None:

@@ -11,9 +11,10 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from robustrl.envs.core import NoiseCore
+from robustrl.envs.joint import as_batch, first_row, float_space, join, joint_box, split
 from robustrl.errors import check_choice, check_count
 from robustrl.noise import Noise
-from robustrl.policy import Padding, fold_frames, push_frame, start_stack
+from robustrl.policy import Normalization, Padding, fold_frames, push_frame, stacked_shape, start_stack
 
 
 class NoiseObservation(VecEnvWrapper):
@@ -35,23 +36,57 @@ class NoiseObservation(VecEnvWrapper):
         self._next_seed = seed
         return self.venv.seed(seed)
 
-    def reset(self) -> NDArray[np.float32]:
+    def reset(self) -> Any:
         if self._next_seed is not None:
             self.core.seed(self._next_seed)
             self._next_seed = None
-        return self.core(np.asarray(self.venv.reset()))
+        return self.core(self.venv.reset())
 
     def step_wait(self) -> VecEnvStepReturn:
         frames, rewards, dones, infos = self.venv.step_wait()
-        noisy = self.core(np.asarray(frames))
+        noisy = self.core(frames)
         for i in np.flatnonzero(dones):
             if "terminal_observation" in infos[i]:
-                infos[i]["terminal_observation"] = self.core(np.asarray(infos[i]["terminal_observation"])[None])[0]
+                infos[i]["terminal_observation"] = self.core.one(infos[i]["terminal_observation"])
         return noisy, rewards, dones, infos
 
 
+class NormalizeObservation(VecEnvWrapper):
+    """A frozen normalisation; the same numbers as an SB3 VecNormalize with `training=False`.
+
+    Unlike around a VecNormalize, off-policy learners store what comes out of the whole chain.
+
+    Args:
+        venv: vector environment with a Box observation space, or a Dict of them.
+        normalization: the statistics, of the space's shape (or its joint vector's).
+    """
+
+    chain_role: ClassVar[str] = "normalize"
+
+    def __init__(self, venv: VecEnv, normalization: Normalization) -> None:
+        shape = joint_box(venv.observation_space).shape
+        if normalization.mean.shape != shape:
+            raise ValueError(f"normalization has statistics of shape {normalization.mean.shape}, but observations have {shape}")
+        self.normalization = normalization
+        super().__init__(venv, observation_space=float_space(venv.observation_space, normalization.clip))
+
+    def _normalized(self, observations: Any) -> Any:
+        return split(self.normalization(join(observations, self.observation_space)), self.observation_space)
+
+    def reset(self) -> Any:
+        return self._normalized(self.venv.reset())
+
+    def step_wait(self) -> VecEnvStepReturn:
+        frames, rewards, dones, infos = self.venv.step_wait()
+        for i in np.flatnonzero(dones):
+            if "terminal_observation" in infos[i]:
+                last = infos[i]["terminal_observation"]
+                infos[i]["terminal_observation"] = first_row(self._normalized(as_batch(last)))
+        return self._normalized(frames), rewards, dones, infos
+
+
 class FrameStack(VecEnvWrapper):
-    """Stack the last frames along the last axis, oldest first.
+    """Stack the last frames, oldest first: along the last axis, or pictures (height, width) into channels of one image.
 
     Like SB3's `VecFrameStack`, except that an episode starts with copies of its first frame ("reset" padding, as in
     Gymnasium); with "zero" padding it starts with zeros, as in SB3.
@@ -70,7 +105,8 @@ class FrameStack(VecEnvWrapper):
             raise TypeError(f"frame stacking needs a Box observation space with at least one axis, got {space}")
         self.n_frames = check_count("n_frames", n_frames)
         self.padding: Padding = check_choice("padding", padding, ("reset", "zero"))
-        low, high = (np.concatenate([bound] * n_frames, axis=-1) for bound in (space.low, space.high))
+        shape, copies = stacked_shape(space.shape, n_frames), (1, n_frames, *space.shape)
+        low, high = (fold_frames(np.broadcast_to(bound, copies), shape)[0] for bound in (space.low, space.high))
         stacked = spaces.Box(low, high, dtype=space.dtype)
         super().__init__(venv, observation_space=stacked)
         self._shape: tuple[int, ...] = stacked.shape

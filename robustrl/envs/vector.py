@@ -10,6 +10,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from robustrl.envs.core import NoiseCore
+from robustrl.envs.joint import join, split
 from robustrl.noise import Noise
 
 
@@ -33,7 +34,7 @@ class NoiseObservation(VectorWrapper):
 
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    ) -> tuple[Any, dict[str, Any]]:
         mask = None if options is None else options.get("reset_mask")
         frames, info = self.env.reset(seed=cast(Any, seed), options=options)
         first = seed[0] if isinstance(seed, list) else seed
@@ -41,19 +42,18 @@ class NoiseObservation(VectorWrapper):
             self.core.seed(first)  # never while episodes are running: they would meet noise they have seen before
         noisy = self.core(frames)
         if mask is not None and self._last is not None:
-            noisy = np.where(np.reshape(mask, (-1,) + (1,) * (noisy.ndim - 1)), noisy, self._last)
-        self._last = noisy.copy()
+            joint = join(noisy, self.core.space)
+            noisy = split(np.where(np.reshape(mask, (-1,) + (1,) * (joint.ndim - 1)), joint, self._last), self.core.space)
+        self._last = join(noisy, self.core.space).copy()
         return noisy, info
 
-    def step(
-        self, actions: Any
-    ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+    def step(self, actions: Any) -> tuple[Any, NDArray[Any], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
         frames, rewards, terminated, truncated, info = self.env.step(actions)
         noisy = self.core(frames)
-        self._last = noisy.copy()
+        self._last = join(noisy, self.core.space).copy()
         if "final_obs" in info:
             final = np.array(info["final_obs"], dtype=object)
             for i in np.flatnonzero(info["_final_obs"]):
-                final[i] = self.core(np.asarray(info["final_obs"][i])[None])[0]
+                final[i] = self.core.one(info["final_obs"][i])
             info["final_obs"] = final
         return noisy, rewards, terminated, truncated, info

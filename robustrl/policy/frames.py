@@ -15,8 +15,30 @@ Padding = Literal["reset", "zero"]
 Array = TypeVar("Array", NDArray[Any], Tensor)
 
 
+def stacked_shape(frame: tuple[int, ...], n_frames: int) -> tuple[int, ...]:
+    """Shape of an observation of `n_frames` stacked frames, in the layout that Stable-Baselines3's networks take.
+
+    Vectors and images with channels last are joined along the last axis, images with channels first along the first, plain
+    (height, width) pictures become the channels of one image.
+
+    Raises:
+        ValueError: for frames without an axis.
+    """
+    match frame:
+        case _ if n_frames == 1:
+            return frame
+        case ():
+            raise ValueError("frame stacking needs observations with at least one axis")
+        case (height, width):
+            return (n_frames, height, width)
+        case (channels, height, width) if channels < min(height, width):
+            return (n_frames * channels, height, width)
+        case _:
+            return (*frame[:-1], n_frames * frame[-1])
+
+
 def frame_shape(observation_shape: tuple[int, ...], n_frames: int) -> tuple[int, ...]:
-    """Shape of one frame of a stacked observation: stacked on a new first axis, or along the last axis as SB3 does.
+    """A guess at the shape of one frame of a stacked observation: stacked on a new first axis, or along the last axis.
 
     Raises:
         ValueError: if the observation cannot hold `n_frames` frames.
@@ -28,6 +50,15 @@ def frame_shape(observation_shape: tuple[int, ...], n_frames: int) -> tuple[int,
     if observation_shape and observation_shape[-1] % n_frames == 0:
         return (*observation_shape[:-1], observation_shape[-1] // n_frames)
     raise ValueError(f"observations of shape {observation_shape} cannot hold {n_frames} stacked frames")
+
+
+def holds_frames(observation_shape: tuple[int, ...], frame: tuple[int, ...], n_frames: int) -> bool:
+    """Whether `fold_frames` can make such an observation of such frames."""
+    if n_frames == 1:
+        return frame == observation_shape
+    joined_first = (n_frames * frame[0], *frame[1:]) if frame else ()
+    joined_last = (*frame[:-1], n_frames * frame[-1]) if frame else ()
+    return observation_shape in ((n_frames, *frame), joined_last) or (len(frame) > 2 and observation_shape == joined_first)
 
 
 def start_stack(frames: Array, n_frames: int, padding: Padding = "reset") -> Array:
@@ -55,16 +86,15 @@ def push_frame(stack: Array, frames: Array) -> Array:
 
 
 def fold_frames(stack: Array, observation_shape: tuple[int, ...]) -> Array:
-    """(n, k, *frame) -> (n, *observation_shape), in the layout that `frame_shape` recognises."""
+    """(n, k, *frame) -> (n, *observation_shape): frames on a new first axis, or joined along the last or the first axis."""
     n, k, *frame = stack.shape
-    if tuple(frame) == observation_shape and k == 1:
-        return stack.reshape(n, *frame)
-    if (k, *frame) == observation_shape:
-        return stack
-    if not frame or (*frame[:-1], k * frame[-1]) != observation_shape:
+    if not holds_frames(observation_shape, tuple(frame), k):
         raise ValueError(
             f"a stack of {k} frames of shape {tuple(frame)} does not fit observations of shape {observation_shape}"
         )
-    if isinstance(stack, np.ndarray):
-        return np.moveaxis(stack, 1, -2).reshape(n, *observation_shape)
-    return stack.movedim(1, -2).reshape(n, *observation_shape)
+    if (k, *frame) == observation_shape:
+        return stack
+    if k > 1 and (*frame[:-1], k * frame[-1]) == observation_shape:
+        moved: Array = np.moveaxis(stack, 1, -2) if isinstance(stack, np.ndarray) else stack.movedim(1, -2)
+        return moved.reshape(n, *observation_shape)
+    return stack.reshape(n, *observation_shape)

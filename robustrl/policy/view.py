@@ -1,41 +1,47 @@
 """One view of any policy: batched, differentiable, from native observations.
 
-`PolicyView` is what attacks, certificates and rollouts see of a policy. Knowledge of Stable-Baselines3's internals lives
-here alone (and, for its files, in `robustrl.policy.loading`).
+`PolicyView` is what attacks, certificates and rollouts see of a policy, wherever it comes from.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import math
-from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from gymnasium import spaces
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from robustrl.errors import check_choice, check_count, check_real
-from robustrl.policy.frames import fold_frames, frame_shape
-
-Kind = Literal["logits", "q"]
+from robustrl.errors import check_count
+from robustrl.policy.actions import ContinuousRule, Kind, action_rule, refuse_broken
+from robustrl.policy.frames import fold_frames, frame_shape, holds_frames
+from robustrl.policy.normalization import Normalization
 
 INFERENCE_BATCH = 1024
 """Most rows per forward pass in `act_blocked`: enough to amortise a kernel launch, few enough to stay in the cache."""
 
 
 class PolicyView(nn.Module):
-    """A batched, differentiable view of a policy with discrete actions.
+    """A batched, differentiable view of a policy.
 
     Args:
-        actor: torch module mapping observations (n, *observation_shape) to scores (n, n_actions).
-        kind: "logits" if the scores are unnormalised log-probabilities, "q" if they are action values.
+        actor: torch module mapping observations (n, *observation_shape) to scores (n, n_scores); a recurrent one maps
+            (observations, memory) to (scores, memory).
+        kind: what the scores are: "logits" (unnormalised log-probabilities) or "q" (action values) of discrete actions;
+            "gaussian" (mean and log standard deviation, (n, 2 * size)), "squashed" (the same before a tanh) or
+            "deterministic" (the action itself) for continuous ones.
         observation_shape: what the network takes, frame stack included.
         n_frames: frames in one observation.
+        frame_shape: shape of one frame; default a guess from `observation_shape`.
         critic: optional module mapping observations to state values (n, 1) or (n,).
+        q_critic: optional module mapping observations and actions (n, size) to action values (n,).
         exploration: probability of a uniformly random action when acting with deterministic=False ("q" only).
+        action_space: the Box of a continuous policy.
+        memory_shape: of one episode's memory of a recurrent policy; it starts as zeros.
+        samples: whether acting with deterministic=False has a meaning.
 
     Build one with `from_sb3`, `from_torch` or `of`.
     """
@@ -47,29 +53,33 @@ class PolicyView(nn.Module):
         kind: Kind,
         observation_shape: tuple[int, ...],
         n_frames: int = 1,
+        frame_shape: tuple[int, ...] | None = None,
         critic: nn.Module | None = None,
+        q_critic: nn.Module | None = None,
         exploration: float = 0.0,
+        action_space: spaces.Box | None = None,
+        memory_shape: tuple[int, ...] | None = None,
+        samples: bool = True,
     ) -> None:
         super().__init__()
-        self.actor, self.critic = actor, critic
-        self.kind: Kind = check_choice("kind", kind, ("logits", "q"))
+        self.actor, self.critic, self.q_critic = actor, critic, q_critic
         self.observation_shape = tuple(int(size) for size in observation_shape)
         self.n_frames = check_count("n_frames", n_frames)
-        self.frame_shape = frame_shape(self.observation_shape, n_frames)
-        self.exploration = check_real("exploration", exploration, allowed="a probability in [0, 1]")
-        if not 0 <= self.exploration <= 1:
-            raise ValueError(f"exploration must be a probability in [0, 1], got {exploration}")
+        self.frame_shape = _frame_shape(self.observation_shape, self.n_frames, frame_shape)
+        self.memory_shape, self.samples = memory_shape, samples
+        self.normalization: Normalization | None = None
         self.eval()
         with torch.no_grad():
             try:
-                probe = actor(torch.zeros(1, *self.observation_shape, device=self.device))
+                probe = self.scores(torch.zeros(1, *self.observation_shape, device=self.device), self.memory(1))
             except RuntimeError as error:
                 raise ValueError(
                     f"the policy's network does not take observations of shape {self.observation_shape}: {error}"
                 ) from None
         if not isinstance(probe, Tensor) or probe.ndim != 2 or probe.shape[0] != 1:
-            raise ValueError("the policy's network must map (n, *observation_shape) to scores (n, n_actions)")
-        self.n_actions = int(probe.shape[1])
+            raise ValueError("the policy's network must map (n, *observation_shape) to scores (n, n_scores)")
+        self.kind: Kind = kind
+        self.rule = action_rule(kind, int(probe.shape[1]), exploration=exploration, space=action_space)
 
     @classmethod
     def from_torch(
@@ -80,98 +90,198 @@ class PolicyView(nn.Module):
         observation_shape: tuple[int, ...],
         n_frames: int = 1,
         critic: nn.Module | None = None,
+        q_critic: nn.Module | None = None,
+        action_space: spaces.Box | None = None,
     ) -> PolicyView:
         """View any torch module; see the class for the arguments."""
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-        return cls(module, kind=kind, observation_shape=observation_shape, n_frames=n_frames, critic=critic)
+        return cls(
+            module,
+            kind=kind,
+            observation_shape=observation_shape,
+            n_frames=n_frames,
+            critic=critic,
+            q_critic=q_critic,
+            action_space=action_space,
+        )
 
     @classmethod
-    def from_sb3(cls, model: Any, *, n_frames: int = 1) -> PolicyView:
-        """View a Stable-Baselines3 PPO, A2C or DQN model with a Box observation and a Discrete action space.
+    def from_sb3(
+        cls,
+        model: Any,
+        *,
+        n_frames: int = 1,
+        frame_space: spaces.Space[Any] | None = None,
+        normalization: Normalization | None = None,
+    ) -> PolicyView:
+        """View a Stable-Baselines3 PPO, A2C, DQN, SAC, TD3 or DDPG model, or an sb3-contrib RecurrentPPO.
 
         Args:
             model: the SB3 model; its weights are shared, not copied.
             n_frames: frames stacked in one of its observations.
+            frame_space: one frame as the environment gives it, a Box or a Dict of them; default what the model's own space
+                says. Images with channels last are transposed as SB3 does; pixels in [0, 1] are not divided by 255 again.
+            normalization: the frozen normalisation that its observations went through (wherever the noise is); needed if the
+                model was trained with a VecNormalize, which is checked as far as the model still holds it.
         Raises:
             TypeError: for other algorithms or spaces.
-            ValueError: if the model normalises observations with a VecNormalize outside the view.
+            ValueError: if the model normalises observations with another VecNormalize.
         """
-        from stable_baselines3.common.base_class import BaseAlgorithm
-        from stable_baselines3.common.policies import ActorCriticPolicy
-        from stable_baselines3.dqn.policies import DQNPolicy
+        from robustrl.policy.sb3 import networks_of, observation_shape
 
-        if not isinstance(model, BaseAlgorithm):
-            raise TypeError(f"model must be a Stable-Baselines3 model, got {type(model).__name__}")
-        policy, name = model.policy, type(model).__name__
-        if not isinstance(policy.observation_space, spaces.Box):
-            raise TypeError(f"{name}: observations must be a Box space, got {policy.observation_space}")
-        if not isinstance(policy.action_space, spaces.Discrete):
-            raise TypeError(f"{name}: actions must be a Discrete space, got {policy.action_space}")
-        normalizer = model.get_vec_normalize_env()
-        if normalizer is not None and normalizer.norm_obs:
+        parts = networks_of(model, frame_space=frame_space)
+        if n_frames > 1 and isinstance(model.observation_space, spaces.Dict):
             raise ValueError(
-                f"{name} sees observations through VecNormalize, which a view would skip: train on make_vec_env(...) without it"
+                f"n_frames must be 1 for a model of dictionaries, got {n_frames}: a joint vector holds no frame stack"
             )
-        shape = policy.observation_space.shape
-        if isinstance(policy, DQNPolicy):
-            q_net = _Network(policy.q_net, policy.q_net.features_extractor, policy.q_net.q_net)
-            exploration = getattr(model, "exploration_rate", 0.0)
-            view = cls(q_net, kind="q", observation_shape=shape, n_frames=n_frames, exploration=exploration)
-            return view._agreeing_with(policy.q_net, name)
-        if isinstance(policy, ActorCriticPolicy):
-            latent = policy.mlp_extractor
-            actor = _Network(policy, policy.pi_features_extractor, latent.policy_net, policy.action_net)
-            critic = _Network(policy, policy.vf_features_extractor, latent.value_net, policy.value_net)
-            view = cls(actor, kind="logits", observation_shape=shape, n_frames=n_frames, critic=critic)
-            return view._agreeing_with(lambda x: cast(Any, policy.get_distribution(x).distribution).logits, name)
-        raise TypeError(f"no view for {name} with {type(policy).__name__}; supported are PPO, A2C and DQN, or from_torch(...)")
-
-    def _agreeing_with(self, original: Callable[[Tensor], Tensor], name: str) -> PolicyView:
-        """This view, after checking on a probe that the model's policy computes what the view assumes."""
-        probe = torch.linspace(-1, 1, 3 * math.prod(self.observation_shape), device=self.device)
-        with torch.no_grad():
-            seen = self.scores(probe.reshape(3, *self.observation_shape))
-            try:
-                expected = original(probe.reshape(3, *self.observation_shape))
-            except TypeError as error:
-                raise TypeError(f"no view for {name}: its policy needs more than an observation ({error})") from None
-        if self.kind == "logits":
-            seen, expected = seen.log_softmax(-1), expected.log_softmax(-1)
-        if seen.shape != expected.shape or not torch.allclose(seen, expected, rtol=1e-3, atol=1e-3, equal_nan=True):
-            raise TypeError(f"no view for {name}: its policy class computes something else than Stable-Baselines3's own")
-        return self
+        live = model.get_vec_normalize_env()
+        if live is not None and live.norm_obs and (normalization is None or Normalization.of(live) != normalization):
+            raise ValueError(
+                f"{type(model).__name__} sees observations through a VecNormalize, which is not the recipe's normalisation: "
+                "pass normalization=Normalization.of(vec_normalize), or VecNormalize(make_vec_env(...)) as the environment"
+            )
+        frame = None if frame_space is None else observation_shape(frame_space, type(model).__name__)
+        views: dict[str, nn.Module | None] = {"actor": parts.actor, "critic": parts.critic, "q_critic": parts.q_critic}
+        shape = parts.observation_shape
+        if frame is not None and len(frame) == len(shape) == 3 and not holds_frames(shape, frame, n_frames):
+            transposed = (*shape[1:], shape[0])
+            if frame[:2] == transposed[:2]:
+                shape = transposed
+                views = {name: None if part is None else _ChannelsFirst(part) for name, part in views.items()}
+        actor, critic, q_critic = cast(nn.Module, views["actor"]), views["critic"], views["q_critic"]
+        return cls(
+            actor,
+            kind=parts.kind,
+            observation_shape=shape,
+            n_frames=n_frames,
+            frame_shape=frame,
+            critic=critic,
+            q_critic=q_critic,
+            exploration=parts.exploration,
+            action_space=parts.action_space,
+            memory_shape=parts.memory_shape,
+            samples=parts.samples,
+        )
 
     @classmethod
-    def of(cls, policy: Any, *, n_frames: int = 1) -> PolicyView:
-        """View a model, or return a view as it is after checking its frame count."""
+    def of(
+        cls,
+        policy: Any,
+        *,
+        n_frames: int = 1,
+        frame_space: spaces.Space[Any] | None = None,
+        normalization: Normalization | None = None,
+    ) -> PolicyView:
+        """View a model, or return a view as it is after checking its frame count; see `from_sb3`."""
         if isinstance(policy, PolicyView):
             if policy.n_frames != n_frames:
                 raise ValueError(f"the policy stacks {policy.n_frames} frame(s), but the environment recipe stacks {n_frames}")
             return policy
-        return cls.from_sb3(policy, n_frames=n_frames)
+        return cls.from_sb3(policy, n_frames=n_frames, frame_space=frame_space, normalization=normalization)
+
+    def after(self, normalization: Normalization) -> PolicyView:
+        """This policy behind a frozen normalisation of every frame: what SB3's VecNormalize outside the noise does.
+
+        A policy that has this normalisation already is returned as it is.
+
+        Raises:
+            ValueError: if the statistics fit neither frames nor observations, or the policy has another normalisation.
+        """
+        if self.normalization is not None:
+            if self.normalization != normalization:
+                raise ValueError("normalization must be the one that the policy has already, got another one")
+            return self
+        mean, scale = (torch.from_numpy(part).double() for part in (normalization.mean, normalization.scale))
+        if mean.shape == self.frame_shape != self.observation_shape:
+            copies = (1, self.n_frames, *self.frame_shape)
+            mean, scale = (fold_frames(part.expand(copies), self.observation_shape)[0] for part in (mean, scale))
+        if mean.shape != self.observation_shape:
+            raise ValueError(
+                f"normalization has statistics of shape {tuple(mean.shape)}, but the policy takes frames of shape "
+                f"{self.frame_shape} and observations of shape {self.observation_shape}"
+            )
+        view = copy.copy(self)
+        view._modules = dict(self._modules)
+        for name in ("actor", "critic", "q_critic"):
+            part = getattr(self, name)
+            setattr(view, name, None if part is None else _Normalized(part, mean, scale, normalization.clip).to(self.device))
+        view.normalization = normalization
+        return view
 
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
         return next((p.device for p in self.actor.parameters()), torch.device("cpu"))
 
-    def scores(self, observation: Tensor) -> Tensor:
-        """Logits or action values; (n, *observation_shape) float -> (n, n_actions). Differentiable."""
-        return cast(Tensor, self.actor(observation))
+    @property
+    def action_space(self) -> spaces.Discrete | spaces.Box:
+        """What the policy chooses from."""
+        return self.rule.space
+
+    @property
+    def discrete(self) -> bool:
+        """Whether actions are discrete."""
+        return isinstance(self.rule.space, spaces.Discrete)
+
+    @property
+    def n_actions(self) -> int:
+        """Number of discrete actions.
+
+        Raises:
+            TypeError: if actions are continuous.
+        """
+        if not isinstance(self.rule.space, spaces.Discrete):
+            raise TypeError(f"the policy's actions are continuous ({self.rule.space})")
+        return int(self.rule.space.n)
+
+    def memory(self, n: int) -> Tensor | None:
+        """The memory of `n` episodes that start, (n, *memory_shape); None if the policy has none."""
+        return None if self.memory_shape is None else torch.zeros(n, *self.memory_shape, device=self.device)
+
+    def advance(self, observation: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Scores, and the memory after this observation."""
+        if self.memory_shape is None:
+            return self.actor(observation), None
+        if memory is None:
+            raise ValueError("memory must be given: the policy is recurrent; start with policy.memory(n)")
+        scores, after = self.actor(observation, memory)
+        return scores, after
+
+    def scores(self, observation: Tensor, memory: Tensor | None = None) -> Tensor:
+        """Scores (n, n_scores) of observations (n, *observation_shape), float; differentiable. A memory is not advanced."""
+        return self.advance(observation, memory)[0]
+
+    def mean_action(self, observation: Tensor, memory: Tensor | None = None) -> Tensor:
+        """The greedy continuous action before clipping, environment units, (n, size); differentiable.
+
+        Raises:
+            TypeError: if actions are discrete.
+        """
+        if not isinstance(self.rule, ContinuousRule):
+            raise TypeError("the policy's actions are discrete: use scores()")
+        return self.rule.mean(self.scores(observation, memory))
 
     def value(self, observation: Tensor) -> Tensor:
-        """State values, shape (n,): the critic's, or max_a Q."""
+        """State values, shape (n,): the critic's, max_a Q, or Q of the greedy action."""
         if self.kind == "q":
             return self.scores(observation).amax(-1)
-        if self.critic is None:
-            raise ValueError("this policy has no critic: pass critic= to PolicyView.from_torch")
-        return cast(Tensor, self.critic(observation)).reshape(len(observation))
+        if self.critic is not None:
+            return cast(Tensor, self.critic(observation)).reshape(len(observation))
+        if self.q_critic is not None and isinstance(self.rule, ContinuousRule):
+            return self.action_value(observation, self.mean_action(observation))
+        raise ValueError("this policy has no critic: pass critic= to PolicyView.from_torch")
+
+    def action_value(self, observation: Tensor, action: Tensor) -> Tensor:
+        """Q(s, a) of continuous actions (n, size) in environment units, shape (n,)."""
+        if self.q_critic is None:
+            raise ValueError("this policy has no critic of actions: pass q_critic= to PolicyView.from_torch")
+        return cast(Tensor, self.q_critic(observation, action)).reshape(len(observation))
 
     def distribution(self, observation: Tensor) -> torch.distributions.Categorical:
         """Action distribution of a policy given by logits."""
         if self.kind != "logits":
-            raise ValueError("action values define no distribution; use scores()")
+            raise ValueError("only logits define a distribution of discrete actions; use scores()")
         return torch.distributions.Categorical(logits=self.scores(observation))
 
     def fold(self, stack: Tensor, newest: Tensor | None = None) -> Tensor:
@@ -187,67 +297,100 @@ class PolicyView(nn.Module):
             stack = torch.cat((stack[:, :-1], newest.unsqueeze(1)), dim=1)
         return fold_frames(stack, self.observation_shape)
 
-    def actions(self, scores: Tensor, *, deterministic: bool = True, uniforms: Tensor | None = None) -> Tensor:
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        """The random numbers that `n` sampled actions need, (n, m)."""
+        return self.rule.draw(n, generator, self.device)
+
+    def actions(self, scores: Tensor, *, deterministic: bool = True, draws: Tensor | None = None) -> Tensor:
         """Actions of given scores, as SB3's `predict` chooses them.
 
         Args:
-            scores: (n, n_actions).
-            deterministic: greedy; otherwise sample (logits) or explore epsilon-greedily (q).
-            uniforms: independent U[0, 1) draws (n, 2), needed when not deterministic.
+            scores: (n, n_scores).
+            deterministic: greedy; otherwise sample, or explore epsilon-greedily.
+            draws: random numbers from `draw`, needed when not deterministic.
         Returns:
-            int64 actions (n,).
+            int64 actions (n,), or float actions (n, size) clipped to the space.
         Raises:
             ValueError: if a score is NaN or inf.
         """
-        if not torch.isfinite(scores).all():
-            raise ValueError("the policy's scores must be finite, got NaN or inf: weights or observations are broken")
-        greedy = scores.argmax(-1)
-        if deterministic:
-            return greedy
-        if uniforms is None:
-            raise ValueError("uniforms must be given when deterministic=False")
-        if self.kind == "q":
-            random_action = (uniforms[:, 1] * self.n_actions).long().clamp_(max=self.n_actions - 1)
-            return torch.where(uniforms[:, 0] < self.exploration, random_action, greedy)
-        cumulative = scores.double().softmax(-1).cumsum(-1)
-        return (cumulative <= uniforms[:, :1].double()).sum(-1).clamp_(max=self.n_actions - 1)
+        refuse_broken(not torch.isfinite(scores).all())
+        return self.rule.choose(scores, self._needed(draws, deterministic))
 
-    def act_blocked(self, stack: Tensor, *, batch: int, deterministic: bool = True, uniforms: Tensor | None = None) -> Tensor:
-        """Actions for any number of frame stacks, always in padded batches of exactly `batch` rows.
+    def _needed(self, draws: Tensor | None, deterministic: bool) -> Tensor | None:
+        if deterministic:
+            return None
+        if not self.samples:
+            raise ValueError("deterministic must be True: state-dependent exploration (gSDE) is not a policy of one step")
+        if draws is None:
+            raise ValueError("draws must be given when deterministic=False")
+        return draws
+
+    def decide(
+        self,
+        stack: Tensor,
+        memory: Tensor | None = None,
+        *,
+        batch: int,
+        deterministic: bool = True,
+        draws: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Actions for any number of frame stacks, always in padded batches of exactly `batch` rows, and the new memory.
 
         A row's arithmetic on a CPU depends on the batch size in its last bits, but not on what the other rows hold; with a
         fixed batch size and place an episode's actions do not depend on the other episodes. (The place matters in the last
-        bits for layers with a handful of outputs whose number of inputs is not a multiple of 4.)
+        bits for layers with a handful of outputs whose number of inputs is not a multiple of 4.) The actions stay on the
+        device and are not checked yet: pass them to `received`. The layers must be in evaluation mode.
         """
         n = len(stack)
         check_count("batch", batch)
-        if uniforms is not None and uniforms.shape != (n, 2):
-            raise ValueError(f"uniforms must have shape ({n}, 2), got {tuple(uniforms.shape)}")
-        self.eval()  # training elsewhere may have switched the shared layers
-        observation = self.fold(stack)
-        padding = -n % batch
+        draws = self._needed(draws, deterministic)
+        if draws is not None and len(draws) != n:
+            raise ValueError(f"draws must have {n} rows, got shape {tuple(draws.shape)}")
         with torch.inference_mode():
-            if padding:
-                observation = torch.cat((observation, observation.new_zeros(padding, *self.observation_shape)))
-            scores = torch.cat([self.scores(block) for block in torch.split(observation, batch)])[:n]
-            return self.actions(scores, deterministic=deterministic, uniforms=uniforms)
+            observation = _padded(self.fold(stack), -n % batch)
+            memories: Any = [None] * max(1, len(observation) // batch)
+            if memory is not None:
+                memories = torch.split(_padded(memory, -n % batch), batch)
+            found = [self.advance(*rows) for rows in zip(torch.split(observation, batch), memories, strict=True)]
+            actions = self.rule.choose(torch.cat([scores for scores, _ in found])[:n], draws)
+            if self.memory_shape is None:
+                return actions, None
+            return actions, torch.cat([cast(Tensor, after) for _, after in found])[:n]
+
+    def received(self, actions: Tensor) -> NDArray[Any]:
+        """Actions as an environment's `step` takes them: (n,) int64, or (n, *shape); the one wait for the device.
+
+        Raises:
+            ValueError: if a score was NaN or inf.
+        """
+        return self.rule.deliver(actions.detach().cpu().numpy())
+
+    def act_blocked(self, stack: Tensor, *, batch: int, deterministic: bool = True, draws: Tensor | None = None) -> Tensor:
+        """`decide` for a policy at the start of its episodes, checked."""
+        self.eval()  # training elsewhere may have switched the shared layers
+        actions, _ = self.decide(stack, self.memory(len(stack)), batch=batch, deterministic=deterministic, draws=draws)
+        self.received(actions)
+        return actions
 
     def for_inference(self) -> PolicyView:
-        """A frozen copy for rollouts, without gradients; on a CPU its tanh layers run in numpy.
+        """A frozen copy for rollouts, without gradients and critics; on a CPU its tanh layers run in numpy.
 
         numpy's vectorised tanh is several times faster than torch's (`benchmarks/bench_inference.py`) and agrees with it to
         the last bit or two.
         """
-        view = copy.deepcopy(self).eval().requires_grad_(False)
+        view = copy.copy(self)
+        view._modules = {"actor": copy.deepcopy(self.actor), "critic": None, "q_critic": None}
+        view.eval().requires_grad_(False)
         if view.device.type == "cpu":
             view.actor = _with_numpy_tanh(view.actor)
         return view
 
     def fingerprint(self) -> str:
         """SHA-256 over the acting network's layers and weights and the decision rule's parameters."""
-        digest = hashlib.sha256(repr((self.kind, self.observation_shape, self.n_frames, self.exploration)).encode())
+        rule = (self.kind, self.observation_shape, self.n_frames, getattr(self.rule, "exploration", 0.0))
+        digest = hashlib.sha256(repr(rule + self.rule.parameters()).encode())
         for name, module in self.actor.named_modules():
-            digest.update(f"{name}{type(module).__name__}{getattr(module, 'divide_by_255', '')}".encode())
+            digest.update(f"{name}{type(module).__name__}{getattr(module, 'preprocessing', '')}".encode())
         for name, tensor in sorted(self.actor.state_dict().items()):
             array = tensor.detach().cpu().numpy()
             digest.update(f"{name}{array.dtype}{array.shape}".encode())
@@ -255,19 +398,56 @@ class PolicyView(nn.Module):
         return digest.hexdigest()
 
 
-class _Network(nn.Module):
-    """Preprocessing, feature extractor and heads of an SB3 policy, without its optimizer, schedules and spaces."""
+def _frame_shape(observation: tuple[int, ...], n_frames: int, frame: tuple[int, ...] | None) -> tuple[int, ...]:
+    if frame is None:
+        return frame_shape(observation, n_frames)
+    if not holds_frames(observation, frame, n_frames):
+        hint = next(
+            (
+                f"; does it stack {k} frames? (frame_stack={k}, --frame-stack {k})"
+                for k in range(1, 65)
+                if holds_frames(observation, frame, k)
+            ),
+            "",
+        )
+        raise ValueError(
+            f"the policy takes observations of shape {observation}, which {n_frames} frame(s) of shape {frame} do not make{hint}"
+        )
+    return frame
 
-    def __init__(self, policy: Any, extractor: nn.Module, *heads: nn.Module) -> None:
+
+def _padded(rows: Tensor, padding: int) -> Tensor:
+    return torch.cat((rows, rows.new_zeros(padding, *rows.shape[1:]))) if padding else rows
+
+
+class _ChannelsFirst(nn.Module):
+    """Images with channels last for a network that takes channels first."""
+
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.extractor = extractor
-        self.heads = nn.Sequential(*heads)
-        space = policy.observation_space
-        self.divide_by_255 = bool(policy.normalize_images) and _is_uint8_image(space)
+        self.network = network
 
-    def forward(self, observation: Tensor) -> Tensor:
-        x = observation.float()
-        return cast(Tensor, self.heads(self.extractor(x / 255.0 if self.divide_by_255 else x)))
+    def forward(self, observation: Tensor, *rest: Tensor) -> Any:
+        return self.network(observation.movedim(-1, 1), *rest)
+
+
+class _Normalized(nn.Module):
+    """A frozen normalisation before a network."""
+
+    mean: Tensor
+    scale: Tensor
+    clip: Tensor
+
+    def __init__(self, network: nn.Module, mean: Tensor, scale: Tensor, clip: float) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
+        self.register_buffer("clip", torch.tensor(clip, dtype=torch.float64))
+
+    def forward(self, observation: Tensor, *rest: Tensor) -> Any:
+        scaled = (observation.double() - self.mean) / self.scale
+        return self.network(torch.clamp(scaled, -self.clip, self.clip).float(), *rest)
 
 
 class _NumpyTanh(nn.Module):
@@ -284,9 +464,3 @@ def _with_numpy_tanh(module: nn.Module) -> nn.Module:
                 if type(parent[i]) is nn.Tanh and type(parent[i - 1]) is nn.Linear:
                     parent[i] = _NumpyTanh()
     return module
-
-
-def _is_uint8_image(space: spaces.Box) -> bool:
-    from stable_baselines3.common.preprocessing import is_image_space
-
-    return is_image_space(space)

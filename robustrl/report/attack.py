@@ -28,9 +28,11 @@ class AttackReport:
         clean: returns of as many episodes without an attack, on the same seeds, shape (n,).
         returns: returns under attack, shape (n,).
         spent: episode budget used, in the threat's norm, shape (n,).
-        upper: upper confidence bound of the mean return under attack; inf if no `return_high` is known.
+        upper: upper confidence bound of `mean`; inf if no `return_high` is known.
         alpha: its failure probability.
         certified: certified lower bound at this budget, or None without a certificate.
+        success_at: where given, `mean`, `clean_mean`, `upper` and `certified` are not about the return itself but about the
+            probability of a return of at least this.
     """
 
     attack: dict[str, Any]
@@ -41,11 +43,12 @@ class AttackReport:
     upper: float
     alpha: float
     certified: float | None = None
+    success_at: float | None = None
 
     def __post_init__(self) -> None:
         if self.certified is not None and self.upper < self.certified:
             raise CertificateViolationError(
-                f"the attack {self.attack['kind']} with budget {self.budget:g} got the mean return down to {self.mean:.6g} "
+                f"the attack {self.attack['kind']} with budget {self.budget:g} got the {self.statistic} down to {self.mean:.6g} "
                 f"(upper confidence bound {self.upper:.6g}), below the certified {self.certified:.6g}: the certificate, the attack's "
                 "accounting or the environment's wrapper order is wrong"
             )
@@ -59,14 +62,22 @@ class AttackReport:
         return float(self.threat["episode"] if self.threat["episode"] is not None else self.threat["step"])
 
     @property
+    def statistic(self) -> str:
+        """What `mean` is, in words."""
+        return "mean return" if self.success_at is None else f"probability of a return of at least {self.success_at:g}"
+
+    @property
     def mean(self) -> float:
-        """Mean return under attack."""
-        return float(self.returns.mean())
+        """Mean return (or share of successes) under attack."""
+        return float(self._outcomes(self.returns).mean())
 
     @property
     def clean_mean(self) -> float:
-        """Mean return without attack."""
-        return float(self.clean.mean())
+        """Mean return (or share of successes) without attack."""
+        return float(self._outcomes(self.clean).mean())
+
+    def _outcomes(self, returns: NDArray[np.float64]) -> NDArray[Any]:
+        return returns if self.success_at is None else returns >= self.success_at
 
     def table(self) -> str:
         """One line per fact, as plain text."""
@@ -83,6 +94,7 @@ class AttackReport:
             "upper": None if math.isinf(self.upper) else self.upper,
             "alpha": self.alpha,
             "certified": self.certified,
+            "success_at": self.success_at,
         }
 
     @classmethod
@@ -94,30 +106,37 @@ class AttackReport:
             CertificateViolationError: if its attack undercuts its certificate.
         """
         try:
-            arrays = {name: check_finite_array(name, data[name], ndim=1) for name in ("clean", "returns", "spent")}
+            arrays: dict[str, Any] = {
+                name: check_finite_array(name, data[name], ndim=1) for name in ("clean", "returns", "spent")
+            }
             upper = math.inf if data["upper"] is None else check_real("upper", data["upper"])
             certified = None if data["certified"] is None else check_real("certified", data["certified"])
+            success_at = None if data.get("success_at") is None else check_real("success_at", data["success_at"])
             alpha, attack, threat = check_alpha(data["alpha"]), dict(data["attack"]), dict(data["threat"])
             attack["kind"], threat["episode"], threat["step"]  # what tables and figures read
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not an attack report: {error}") from None
-        return cls(attack=attack, threat=threat, upper=upper, alpha=alpha, certified=certified, **arrays)
+        facts: dict[str, Any] = {"alpha": alpha, "certified": certified, "success_at": success_at}
+        return cls(attack=attack, threat=threat, upper=upper, **facts, **arrays)
 
 
 def attack_table(reports: list[AttackReport]) -> str:
     """A plain-text table, one row per report."""
-    lines = [
-        f"{'attack':<14}{'budget':>8}{'episodes':>10}{'clean':>10}{'attacked':>10}{'upper':>10}{'certified':>11}{'spent':>8}",
-    ]
+    lines = [f"{reports[0].statistic}"] if reports and reports[0].success_at is not None else []
+    lines.append(
+        f"{'attack':<14}{'budget':>8}{'episodes':>10}{'clean':>10}{'attacked':>10}{'upper':>10}{'certified':>11}{'spent':>8}"
+    )
     for r in reports:
-        certified = "-" if r.certified is None else f"{r.certified:.2f}"
+        digits = 2 if r.success_at is None else 4
+        certified = "-" if r.certified is None else f"{r.certified:.{digits}f}"
         lines.append(
-            f"{r.attack['kind']:<14}{r.budget:>8g}{len(r.returns):>10}{r.clean_mean:>10.2f}{r.mean:>10.2f}{r.upper:>10.2f}"
-            f"{certified:>11}{r.spent.mean():>8.3f}"
+            f"{r.attack['kind']:<14}{r.budget:>8g}{len(r.returns):>10}{r.clean_mean:>10.{digits}f}{r.mean:>10.{digits}f}"
+            f"{r.upper:>10.{digits}f}{certified:>11}{r.spent.mean():>8.3f}"
         )
     level = 100 * (1 - reports[0].alpha) if reports else 95
+    what = "attacked mean" if not reports or reports[0].success_at is None else "attacked probability"
     lines.append(
-        f"upper: {level:g}% upper confidence bound of the attacked mean, each row on its own; an attack shows what is possible, not what is worst"
+        f"upper: {level:g}% upper confidence bound of the {what}, each row on its own; an attack shows what is possible, not what is worst"
     )
     return "\n".join(lines)
 

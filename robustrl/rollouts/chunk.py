@@ -10,8 +10,10 @@ import copy
 import hashlib
 import json
 import math
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from robustrl.envs.recipe import EnvRecipe
 from robustrl.policy import INFERENCE_BATCH, PolicyView, push_frame, start_stack
 from robustrl.rollouts.engines import make_engine
 from robustrl.rollouts.identity import identity
+from robustrl.rollouts.streams import NoiseStreams
 from robustrl.seeding import chunk_seeds, torch_generator
 from robustrl.threat import Ledger, ThreatModel
 
@@ -64,7 +67,7 @@ class Job:
         recipe: environment, noise, frame stack and horizon.
         seed: root of the seed tree.
         chunk_size: episodes per chunk.
-        engine: "native" or "list".
+        engine: "native", "list", "envpool" or "ale".
         deterministic: greedy actions; otherwise the policy samples.
         attack: the attacker, or None.
         threat: its budget, required with an attack.
@@ -102,8 +105,8 @@ class Job:
 def run_chunk(job: Job, chunk: int, n: int) -> Episodes:
     """Roll out `n` episodes, one per slot, until the last has ended.
 
-    Per step: true frames -> attack -> noise -> frame stack -> policy -> environment. Noise and policy draws are made for
-    all `n` slots at every step, so a slot's draws do not depend on which others still run.
+    Per step: true frames -> attack -> noise -> frame stack -> policy -> environment. A slot's noise and policy draws do not
+    depend on which others still run.
 
     Args:
         job: what to roll out.
@@ -113,65 +116,69 @@ def run_chunk(job: Job, chunk: int, n: int) -> Episodes:
         ValueError: if the environment returns NaN or inf, the horizon is exceeded, or the policy's scores are not finite.
         BudgetExceededError: if the attack delivers more than its threat model allows.
     """
-    policy, recipe, noise = job.policy.for_inference(), job.recipe, job.recipe.noise
+    playing = _play(job, chunk, n)
+    while True:
+        try:
+            next(playing)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+
+
+def run_interleaved(job: Job, tasks: Sequence[tuple[int, int]], width: int) -> Iterator[tuple[int, Episodes]]:
+    """Roll out chunks in one process, `width` at a time in turns, so that a GPU computes while environments step.
+
+    Args:
+        job: what to roll out.
+        tasks: (chunk, n) pairs.
+        width: chunks that are on their way together, each on a CUDA stream of its own.
+    Yields:
+        (index of the task, episodes) as chunks finish; the episodes are those of `run_chunk`.
+    """
+    device, waiting = job.policy.device, list(enumerate(tasks))
+    running: list[tuple[int, Any, Generator[None, None, Episodes]]] = []
+    while waiting or running:
+        while waiting and len(running) < width:
+            index, (chunk, n) = waiting.pop(0)
+            stream: Any = cast(Any, torch.cuda).Stream(device) if device.type == "cuda" else None
+            running.append((index, stream, _play(job, chunk, n)))
+        for turn in list(running):
+            index, stream, playing = turn
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                try:
+                    next(playing)
+                except StopIteration as end:
+                    running.remove(turn)
+                    yield index, end.value
+
+
+def _play(job: Job, chunk: int, n: int) -> Generator[None, None, Episodes]:
+    """`run_chunk`, pausing at every step when the device has its work and the host could do something else."""
+    policy, recipe = job.policy.for_inference(), job.recipe
     device, seeds = policy.device, chunk_seeds(job.seed, chunk)
     engine = make_engine(recipe, job.engine)
-    noise_generator = torch_generator(seeds.noise, device)
+    noise = None if recipe.noise is None else NoiseStreams(recipe.noise, seeds.noise, n, _noise_block(job, n), device)
     policy_generator = torch_generator(seeds.policy, device)
-    attacker_generator = torch_generator(seeds.attacker, device)
-    ledger = None if job.threat is None else Ledger(job.threat, n)
-    batch = math.ceil(job.chunk_size / math.ceil(job.chunk_size / INFERENCE_BATCH))
-    # The attacker differentiates a frozen copy: the user's model keeps its gradients and its training mode.
-    victim = None if job.attack is None else copy.deepcopy(job.policy).eval().requires_grad_(False)
+    attacker = None if job.attack is None else _Attacker(job, seeds.attacker, n, device)
+    batch = _inference_batch(job)
 
-    attackable = torch.ones(())
-    if job.threat is not None:
-        attackable = torch.from_numpy(job.threat.attackable(policy.frame_shape).astype(np.float32)).to(device)
     returns, lengths = np.zeros(n), np.zeros(n, dtype=np.int64)
     slots = np.arange(n)
     try:
         first, environment_seeds = engine.start(n, seeds.environment)
         frames = _received(first, recipe, device)
-        everyone = frames
         stack: torch.Tensor | None = None
-        clean_stack: torch.Tensor | None = None
-        rows = torch.arange(n, device=device)
+        memory = policy.memory(n)
         for _ in range(recipe.horizon):
-            if job.attack is not None:
-                assert ledger is not None
-                assert victim is not None
-                clean_stack = _observe(clean_stack, frames, recipe)
-                context = AttackContext(
-                    policy=victim,
-                    noise=noise,
-                    clean_stack=clean_stack,
-                    seen_stack=start_stack(frames, recipe.frame_stack, recipe.stack_padding)
-                    if stack is None
-                    else push_frame(stack, frames),
-                    attackable=attackable,
-                    allowance=torch.from_numpy(ledger.allowance[slots]).to(device),
-                    first_step=stack is None,
-                    padding=recipe.stack_padding,
-                    generator=attacker_generator,
-                )
-                delivered = job.attack.perturb(frames, context)
-                ledger.charge(frames.cpu().numpy(), delivered.cpu().numpy(), slots)
-                frames = delivered
-            seen = frames
-            if noise is not None:
-                if slots.size == n:
-                    everyone = frames
-                else:
-                    everyone[rows] = frames
-                seen = noise.perturb(everyone, noise_generator)
-                if slots.size < n:
-                    seen = seen[rows]
+            if attacker is not None:
+                frames = attacker.deliver(frames, stack, memory, slots)
+            seen = frames if noise is None else noise(frames, slots)
             stack = _observe(stack, seen.float(), recipe)
-            uniforms = None
+            draws = None
             if not job.deterministic:
-                uniforms = torch.rand(n, 2, generator=policy_generator, device=device)[rows]
-            actions = policy.act_blocked(stack, batch=batch, deterministic=job.deterministic, uniforms=uniforms)
-            step = engine.step(actions.cpu().numpy())
+                draws = policy.draw(n, policy_generator)[torch.from_numpy(slots).to(device)]
+            actions, memory = policy.decide(stack, memory, batch=batch, deterministic=job.deterministic, draws=draws)
+            yield
+            step = engine.step(policy.received(actions))
             returns[slots] += step.rewards
             lengths[slots] += 1
             frames = _received(step.frames, recipe, device)
@@ -182,21 +189,101 @@ def run_chunk(job: Job, chunk: int, n: int) -> Episodes:
                     break
                 engine.keep(running)
                 kept = torch.from_numpy(running).to(device)
-                frames, stack, rows = frames[kept], stack[kept], rows[kept]
-                clean_stack = None if clean_stack is None else clean_stack[kept]
+                frames, stack = frames[kept], stack[kept]
+                memory = None if memory is None else memory[kept]
+                if attacker is not None:
+                    attacker.keep(kept)
         else:
             raise ValueError(f"{recipe.label}: {slots.size} episodes still run after the horizon of {recipe.horizon} steps")
     finally:
         engine.close()
     if not np.isfinite(returns).all():
         raise ValueError(f"{recipe.label} returned rewards that are NaN or inf")
-    return Episodes(returns, lengths, environment_seeds, np.zeros(n) if ledger is None else ledger.spent)
+    return Episodes(returns, lengths, environment_seeds, np.zeros(n) if attacker is None else attacker.ledger.spent)
 
 
-def _received(frames: NDArray[Any], recipe: EnvRecipe, device: torch.device) -> torch.Tensor:
-    if not np.isfinite(frames).all():
+class _Attacker:
+    """An attack on the slots of one chunk, held to its budget."""
+
+    def __init__(self, job: Job, seed: np.random.SeedSequence, n: int, device: torch.device) -> None:
+        assert job.attack is not None
+        assert job.threat is not None
+        self.attack, self.recipe = job.attack, job.recipe
+        # A frozen copy is differentiated: the user's model keeps its gradients and its training mode.
+        self.victim = copy.deepcopy(job.policy).eval().requires_grad_(False)
+        self.ledger = Ledger(job.threat, n)
+        self.generator = torch_generator(seed, device)
+        self.attackable = torch.from_numpy(job.threat.attackable(job.policy.frame_shape).astype(np.float32)).to(device)
+        self.norm, self.clean_stack, self.steps = job.threat.norm, None, 0
+        self.pixels = pixel_range(job.recipe)
+
+    clean_stack: torch.Tensor | None
+
+    def deliver(
+        self, frames: torch.Tensor, stack: torch.Tensor | None, memory: torch.Tensor | None, slots: NDArray[np.int64]
+    ) -> torch.Tensor:
+        recipe = self.recipe
+        self.clean_stack = _observe(self.clean_stack, frames, recipe)
+        context = AttackContext(
+            policy=self.victim,
+            noise=recipe.noise,
+            clean_stack=self.clean_stack,
+            seen_stack=start_stack(frames, recipe.frame_stack, recipe.stack_padding)
+            if stack is None
+            else push_frame(stack, frames),
+            allowance=torch.from_numpy(self.ledger.allowance[slots]).to(frames.device),
+            attackable=self.attackable,
+            first_step=stack is None,
+            padding=recipe.stack_padding,
+            generator=self.generator,
+            norm=self.norm,
+            step=self.steps,
+            steps_left=recipe.horizon - self.steps,
+            remaining=torch.from_numpy(self.ledger.remaining[slots]).to(frames.device),
+            memory=memory,
+            pixels=self.pixels,
+        )
+        self.steps += 1
+        delivered = self.attack.perturb(frames, context)
+        self.ledger.charge(frames.cpu().numpy(), delivered.cpu().numpy(), slots)
+        return delivered
+
+    def keep(self, running: torch.Tensor) -> None:
+        if self.clean_stack is not None:
+            self.clean_stack = self.clean_stack[running]
+
+
+def pixel_range(recipe: EnvRecipe) -> tuple[float, float] | None:
+    """The range that an attacked picture stays in; None for observations that are no pictures."""
+    space = recipe.frame_space
+    if len(space.shape) < 2 or not space.is_bounded():
+        return None
+    return float(space.low.min()), float(space.high.max())
+
+
+SMALL_BATCH = 16
+"""Rows per forward pass where environments are stepped one by one: their cost dwarfs a pass, and towards the end of a chunk
+few of them run."""
+NOISE_BLOCK = 4096
+"""About how many draws slots share a generator for; a block is drawn as long as one of its slots runs."""
+
+
+def _inference_batch(job: Job) -> int:
+    if job.engine != "native" and job.policy.device.type == "cpu":
+        return min(SMALL_BATCH, job.chunk_size)
+    return math.ceil(job.chunk_size / math.ceil(job.chunk_size / INFERENCE_BATCH))
+
+
+def _noise_block(job: Job, n: int) -> int:
+    if job.engine == "native" or job.policy.device.type != "cpu":
+        return n
+    return min(n, max(1, NOISE_BLOCK // math.prod(job.recipe.frame_space.shape)))
+
+
+def _received(observations: NDArray[Any], recipe: EnvRecipe, device: torch.device) -> torch.Tensor:
+    if not np.isfinite(observations).all():
         raise ValueError(f"{recipe.label} returned observations that are NaN or inf")
-    return torch.from_numpy(frames).to(device)
+    return torch.from_numpy(recipe.frames(observations)).to(device)
 
 
 def _observe(stack: torch.Tensor | None, frames: torch.Tensor, recipe: EnvRecipe) -> torch.Tensor:

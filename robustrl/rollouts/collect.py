@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from gymnasium.spaces import Discrete
+from gymnasium.spaces import Box, Discrete
 
 from robustrl.attacks.base import Attack
 from robustrl.envs.recipe import EnvRecipe
-from robustrl.errors import ChunkError, WorkerError, check_count
+from robustrl.errors import ChainError, ChunkError, WorkerError, check_count
 from robustrl.policy import PolicyView
-from robustrl.rollouts.chunk import Episodes, Job, run_chunk
+from robustrl.rollouts.chunk import Episodes, Job, run_chunk, run_interleaved
 from robustrl.rollouts.engines import make_engine, refuse_unseeded
 from robustrl.rollouts.executor import Executor, LocalExecutor, one_thread
 from robustrl.rollouts.progress import progress_bar
@@ -22,6 +22,8 @@ from robustrl.threat import ThreatModel
 
 ATTACK_CHUNK = 100
 """Episodes per attacked chunk: every one of them carries `draws` copies through the network."""
+IN_FLIGHT = 4
+"""Chunks in turns on a GPU."""
 
 
 def make_job(
@@ -47,9 +49,13 @@ def make_job(
         raise ValueError(f"the policy stacks {policy.n_frames} frame(s), the environment recipe {recipe.frame_stack}")
     if shape != space.shape:
         raise ValueError(f"the policy takes frames of shape {shape}, but {recipe.label} gives {space.shape}")
-    actions = recipe.action_space
-    if not isinstance(actions, Discrete) or int(actions.n) != policy.n_actions or int(actions.start) != 0:
-        raise ValueError(f"the policy has {policy.n_actions} actions, but {recipe.label} takes {actions}")
+    check_actions(policy, recipe)
+    if not deterministic and not policy.samples:
+        raise ValueError("deterministic must be True: state-dependent exploration (gSDE) is not a policy of one step")
+    if recipe.ends_with_a_life:
+        raise ChainError(
+            f"an episode of {recipe.label} is one life, not a whole game: make it without terminal_on_life_loss / EpisodicLifeEnv"
+        )
     if space.dtype is not None and space.dtype.kind != "f" and (recipe.noise is not None or attack is not None):
         what = "an attack" if recipe.noise is None else "noise"
         raise ValueError(f"{what} needs float observations, but {recipe.label} gives {space.dtype}: convert them in a wrapper")
@@ -66,6 +72,23 @@ def make_job(
     return Job(policy, recipe, int(seed), size, probe.name, bool(deterministic), attack, threat)
 
 
+def check_actions(policy: PolicyView, recipe: EnvRecipe) -> None:
+    """Raise ValueError if the environment does not take the policy's actions."""
+    ours, theirs = policy.action_space, recipe.action_space
+    if isinstance(ours, Discrete) and isinstance(theirs, Discrete):
+        fits = ours.n == theirs.n and int(theirs.start) == 0
+    else:
+        fits = (
+            isinstance(ours, Box)
+            and isinstance(theirs, Box)
+            and ours.shape == theirs.shape
+            and np.allclose(ours.low, theirs.low)
+            and np.allclose(ours.high, theirs.high)
+        )
+    if not fits:
+        raise ValueError(f"the policy acts in {ours}, but {recipe.label} takes {theirs}")
+
+
 def collect(
     job: Job,
     episodes: int,
@@ -73,6 +96,7 @@ def collect(
     n_workers: int = 1,
     executor: Executor | None = None,
     folder: str | os.PathLike[str] | None = None,
+    in_flight: int | None = None,
     progress: bool = False,
     label: str = "episodes",
 ) -> Episodes:
@@ -84,6 +108,8 @@ def collect(
         n_workers: processes on this machine.
         executor: another way to run the chunks.
         folder: where finished chunks are kept; a run that was killed or interrupted goes on from them.
+        in_flight: chunks that take turns in this process, which keeps a GPU busy; default 4 on a GPU, else 1. Only without
+            workers and executor; results do not depend on it.
         progress: show a bar with an ETA.
         label: its text.
     Returns:
@@ -100,10 +126,16 @@ def collect(
     missing = [i for i, part in enumerate(parts) if part is None]
     if store is not None and len(missing) < len(parts):
         _check_stored(job, store, parts)
+    tasks = [(i, sizes[i]) for i in missing]
+    width = IN_FLIGHT if in_flight is None and job.policy.device.type == "cuda" else check_count("in_flight", in_flight or 1)
     runner = executor or LocalExecutor(min(n_workers, max(1, len(missing))))
+    if executor is None and n_workers == 1 and width > 1:
+        finished = run_interleaved(job, tasks, width)
+    else:
+        finished = runner.run(partial(_run, job), tasks)
     with progress_bar(label, episodes, visible=progress) as advance:
         advance(sum(len(part) for part in parts if part is not None))
-        for index, part in runner.run(partial(_run, job), [(i, sizes[i]) for i in missing]):
+        for index, part in finished:
             if store is not None:
                 store.save(missing[index], part)
             parts[missing[index]] = part

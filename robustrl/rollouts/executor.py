@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any, Protocol, TypeVar
 
 import joblib
@@ -17,6 +20,9 @@ Result = TypeVar("Result")
 
 DEATHS = 5
 """Times in a row that workers may die without any chunk finishing before the run is given up."""
+
+LIBRARIES = ("robustrl", "torch", "numpy", "scipy", "gymnasium", "stable-baselines3")
+"""What the bits of a rollout depend on."""
 
 
 class Executor(Protocol):
@@ -71,6 +77,16 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@functools.cache
+def build() -> dict[str, str]:
+    """What bit equality depends on: libraries, torch's CPU code path, processor family."""
+    return {name: version(name) for name in LIBRARIES} | {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 def _pinned(function: Callable[[Task], Result], index: int, task: Task) -> tuple[int, Result]:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from robustrl.envs.recipe import find_spec
+
 
 class _Frozen(Mapping[str, Any]):
     """Keyword arguments that stay as they are: SB3 writes into the `policy_kwargs` that it is given."""
@@ -37,9 +39,8 @@ class Preset:
 
     Attributes:
         env: keyword arguments for `robustrl.make_vec_env`.
-        ppo: keyword arguments for `stable_baselines3.PPO`.
-        a2c: keyword arguments for `stable_baselines3.A2C`.
-        dqn: keyword arguments for `stable_baselines3.DQN`.
+        ppo, a2c, dqn, sac, td3, ddpg, recurrent_ppo: keyword arguments for the SB3 algorithm of that name.
+        normalize: whether training needs normalised observations.
         timesteps: environment steps that suffice.
     """
 
@@ -47,6 +48,11 @@ class Preset:
     ppo: Mapping[str, Any] = field(default_factory=_Frozen)
     a2c: Mapping[str, Any] = field(default_factory=_Frozen)
     dqn: Mapping[str, Any] = field(default_factory=_Frozen)
+    sac: Mapping[str, Any] = field(default_factory=_Frozen)
+    td3: Mapping[str, Any] = field(default_factory=_Frozen)
+    ddpg: Mapping[str, Any] = field(default_factory=_Frozen)
+    recurrent_ppo: Mapping[str, Any] = field(default_factory=_Frozen)
+    normalize: bool = False
     timesteps: int = 200_000
 
 
@@ -73,7 +79,76 @@ cartpole = Preset(
 """CartPole under Gaussian noise; PPO reaches 195 of 200 at sigma 0.2 in 200k steps."""
 
 
+mountain_car_continuous = Preset(
+    env=_Frozen(n_envs=1),
+    ppo=_Frozen(
+        n_steps=8,
+        batch_size=8,
+        n_epochs=10,
+        gamma=0.9999,
+        gae_lambda=0.9,
+        learning_rate=7.77e-05,
+        ent_coef=0.00429,
+        clip_range=0.1,
+        max_grad_norm=5,
+        vf_coef=0.19,
+        use_sde=True,
+        policy_kwargs={"log_std_init": -3.29, "ortho_init": False},
+        device="cpu",
+    ),
+    normalize=True,
+    timesteps=20_000,
+)
+"""MountainCarContinuous-v0 with state-dependent exploration (gSDE)."""
+
+mujoco = Preset(
+    env=_Frozen(n_envs=4),
+    ppo=_Frozen(
+        n_steps=512,
+        batch_size=64,
+        n_epochs=10,
+        gamma=0.99,
+        gae_lambda=0.95,
+        learning_rate=3e-4,
+        clip_range=0.2,
+        ent_coef=0.0,
+        policy_kwargs={"net_arch": [64, 64]},
+        device="cpu",
+    ),
+    normalize=True,
+    timesteps=1_000_000,
+)
+"""MuJoCo's walkers and pendulums, PPO on normalised observations."""
+
+atari = Preset(
+    env=_Frozen(n_envs=8),
+    ppo=_Frozen(n_steps=128, batch_size=256, n_epochs=4, learning_rate=2.5e-4, clip_range=0.1, ent_coef=0.01, vf_coef=0.5),
+    dqn=_Frozen(
+        learning_rate=1e-4,
+        buffer_size=10_000,
+        learning_starts=1_000,
+        batch_size=32,
+        train_freq=4,
+        target_update_interval=1_000,
+        exploration_fraction=0.1,
+        exploration_final_eps=0.01,
+    ),
+    timesteps=10_000_000,
+)
+"""Atari in float pixels; the replay buffer holds float32 pictures, 226 kB per transition of four."""
+
+
 def preset_for(env_id: str | None) -> Preset:
     """The preset for an environment id; an empty one (SB3's defaults) where there is none."""
-    name = (env_id or "").rsplit("/", 1)[-1].rsplit("-v", 1)[0]
-    return {"CartPole": cartpole}.get(name, Preset())
+    try:
+        spec = None if env_id is None else find_spec(env_id)
+    except ValueError:
+        spec = None
+    if spec is None:
+        return Preset()
+    entry = spec.entry_point if isinstance(spec.entry_point, str) else ""
+    if entry.startswith("gymnasium.envs.mujoco."):
+        return mujoco
+    if entry.startswith("robustrl.envs.atari:"):
+        return atari
+    return {"CartPole": cartpole, "MountainCarContinuous": mountain_car_continuous}.get(spec.name, Preset())

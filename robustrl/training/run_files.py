@@ -1,4 +1,4 @@
-"""The run directory: `model.zip`, `run.json`, `chunks/`, `certificate.json`, `attack.json`, `tb/`."""
+"""The run directory: `model.zip`, `run.json`, `normalization.npz`, `chunks/`, `certificate.json`, `attack.json`, `tb/`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.files import write_atomically
+from robustrl.policy import Normalization
 
 SCHEMA = 1
+NORMALIZATION = "normalization.npz"
 LIBRARIES = ("robustrl", "torch", "numpy", "scipy", "gymnasium", "stable-baselines3")
 """What trained weights and the bits of a rollout depend on."""
 
@@ -21,8 +23,8 @@ class RunInfo:
     """What `run.json` holds: plain data from which model and environment are rebuilt.
 
     Attributes:
-        algo: "ppo", "a2c" or "dqn".
-        recipe: `EnvRecipe.to_dict`.
+        algo: "ppo", "a2c", "dqn", "sac", "td3", "ddpg" or "recurrent_ppo".
+        recipe: `EnvRecipe.to_dict`; its normalisation has a file of its own, `normalization.npz`.
         seed: root seed of training.
         timesteps: environment steps trained.
         hyperparameters: keyword arguments of the algorithm, as text where they are no plain data.
@@ -37,8 +39,12 @@ class RunInfo:
     versions: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `run.json` into the folder."""
-        text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, default=str)
+        """Write `run.json`, and `normalization.npz` if there is a normalisation, into the folder."""
+        stated = asdict(self)
+        if self.recipe.get("normalization") is not None:
+            Normalization.from_dict(self.recipe["normalization"]).save(Path(folder) / NORMALIZATION)
+            stated["recipe"]["normalization"] = NORMALIZATION
+        text = json.dumps({"schema": SCHEMA, **stated}, indent=1, default=str)
         write_atomically(Path(folder) / "run.json", text.encode())
 
     @classmethod
@@ -46,7 +52,7 @@ class RunInfo:
         """Read `run.json` of a folder.
 
         Raises:
-            FileNotFoundError: if there is none.
+            FileNotFoundError: if there is none, or the normalisation that it names is missing.
             ValueError: if it is damaged.
         """
         path = Path(folder) / "run.json"
@@ -63,6 +69,8 @@ class RunInfo:
         for name, kind in kinds.items():
             if not isinstance(getattr(run, name), kind):
                 raise ValueError(f"{path} is damaged: {name} must be {kind.__name__}, got {getattr(run, name)!r}")
+        if run.recipe.get("normalization") == NORMALIZATION:
+            run.recipe["normalization"] = Normalization.load(Path(folder) / NORMALIZATION).to_dict()
         return run
 
     @property

@@ -5,21 +5,27 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gymnasium.spaces import Discrete
+from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 
+from robustrl.envs.chain import check_replay
 from robustrl.envs.recipe import EnvRecipe, make_vec_env
 from robustrl.errors import check_count
 from robustrl.files import write_atomically
+from robustrl.policy import Normalization
 from robustrl.policy.loading import algorithm_class
 from robustrl.rollouts.executor import one_thread
 from robustrl.rollouts.progress import progress_bar as rollout_bar
 from robustrl.training.presets import preset_for
 from robustrl.training.run_files import LIBRARIES, RunInfo
+
+OFF_POLICY = ("dqn", "sac", "td3", "ddpg")
+ACTIONS: dict[str, Any] = {"dqn": spaces.Discrete, "sac": spaces.Box, "td3": spaces.Box, "ddpg": spaces.Box}
 
 
 def train(
@@ -30,6 +36,7 @@ def train(
     timesteps: int | None = None,
     seed: int = 0,
     n_envs: int | None = None,
+    normalize: bool | None = None,
     hyperparameters: Mapping[str, Any] | None = None,
     progress_bar: bool = False,
     verbose: int = 0,
@@ -37,15 +44,19 @@ def train(
     """Train a policy on noisy observations and write a run directory.
 
     Nothing but `SB3Algorithm("MlpPolicy", make_vec_env(...), **hyperparameters).learn(timesteps)` with the environment's
-    preset; what it writes can be certified, attacked and verified by `robustrl`.
+    preset (and "CnnPolicy" for pictures, "MultiInputPolicy" for dictionaries, "MlpLstmPolicy" for RecurrentPPO); what it
+    writes can be certified, attacked and verified by `robustrl`.
 
     Args:
         env: recipe with noise and horizon, or anything `EnvRecipe.of` takes.
         out: run directory; must not hold another model.
-        algo: "ppo", "a2c" or "dqn".
+        algo: "ppo", "a2c", "dqn", "sac", "td3", "ddpg" or "recurrent_ppo".
         timesteps: environment steps; default the preset's.
         seed: of weights, environments and noise.
         n_envs: environments side by side; default the preset's, or 1.
+        normalize: learn a normalisation of observations (and rewards) with SB3's VecNormalize inside the noise, and freeze
+            it into the recipe afterwards; default the preset's. On-policy algorithms only: the replay buffer of the others
+            would get clean observations. Noise and budgets are then in normalised units.
         hyperparameters: keyword arguments of the algorithm that replace the preset's.
         progress_bar: show a bar with an ETA.
         verbose: SB3's verbosity.
@@ -61,30 +72,66 @@ def train(
     kind, folder = algorithm_class(algo), Path(out)
     if (folder / "model.zip").exists():
         raise FileExistsError(f"{folder} already holds a model; choose another --out, or delete it")
-    if not isinstance(recipe.action_space, Discrete):
-        raise ValueError(
-            f"{recipe.label} takes {recipe.action_space}; only policies with a Discrete action space can be certified"
-        )
+    wanted = ACTIONS.get(algo)
+    if wanted is not None and not isinstance(recipe.action_space, wanted):
+        raise ValueError(f"{algo} needs a {wanted.__name__} action space, but {recipe.label} takes {recipe.action_space}")
     preset = preset_for(recipe.env_id)
     steps = check_count("timesteps", preset.timesteps if timesteps is None else timesteps)
     arguments = {**getattr(preset, algo), **(hyperparameters or {})}
     written = copy.deepcopy(arguments)  # SB3 writes into the policy_kwargs that it is given
     side_by_side = preset.env.get("n_envs", 1) if n_envs is None else n_envs
-    venv = make_vec_env(recipe, side_by_side, seed=check_count("seed", seed, least=0))
+    learns = recipe.normalization is None and (preset.normalize if normalize is None else normalize)
+    venv, normalizer = _training_env(recipe, side_by_side, check_count("seed", seed, least=0), learns)
+    if algo in OFF_POLICY:
+        check_replay(venv)
+    name, policy_kwargs = policy_for(venv.observation_space, algo)
+    if policy_kwargs:
+        arguments["policy_kwargs"] = policy_kwargs | arguments.get("policy_kwargs", {})
     # Networks this small only lose time to a second thread, and the weights would depend on the number of threads.
     with one_thread():
-        model = kind("MlpPolicy", venv, seed=seed, verbose=verbose, **arguments)
+        model = kind(name, venv, seed=seed, verbose=verbose, **arguments)
         folder.mkdir(parents=True, exist_ok=True)
         # A logger of our own writes into tb/ itself, so that the certificate joins the same TensorBoard run.
         model.set_logger(configure(os.fspath(folder / "tb"), (["stdout"] if verbose else []) + ["tensorboard"]))
         # SB3's own bar needs tqdm, which nothing else here does; this is the bar of certify and attack.
         with rollout_bar("train", steps, visible=progress_bar) as advance:
             model.learn(steps, callback=_Advance(advance))
+    if normalizer is not None:
+        recipe = replace(recipe, normalization=Normalization.of(normalizer))
     versions = {name: version(name) for name in LIBRARIES}
     RunInfo(algo, recipe.to_dict(), int(seed), steps, written, versions).save(folder)
     save_model(model, folder / "model.zip")  # last: a folder with a model is complete
     venv.close()
     return model
+
+
+def policy_for(space: spaces.Space[Any], algo: str) -> tuple[str, dict[str, Any]]:
+    """SB3's name of the policy for an observation space, and the policy_kwargs without which it would misread pixels."""
+    kind = "MlpPolicy"
+    if isinstance(space, spaces.Dict):
+        kind = "MultiInputPolicy"
+    elif len(space.shape or ()) == 3:
+        kind = "CnnPolicy"
+    pixels = {"normalize_images": False} if kind == "CnnPolicy" and space.dtype is not None and space.dtype.kind == "f" else {}
+    return (kind if algo != "recurrent_ppo" else kind.replace("Policy", "LstmPolicy")), pixels
+
+
+def _training_env(recipe: EnvRecipe, n_envs: int, seed: int, learns: bool) -> tuple[Any, Any]:
+    """The vector environment of a recipe, and the VecNormalize inside its noise that still learns."""
+    if not learns:
+        return make_vec_env(recipe, n_envs, seed=seed), None
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    from robustrl.envs import sb3
+
+    normalizer = VecNormalize(make_vec_env(replace(recipe, noise=None, frame_stack=1), n_envs, seed=seed))
+    venv: Any = normalizer
+    if recipe.noise is not None:
+        venv = sb3.NoiseObservation(venv, recipe.noise)
+    if recipe.frame_stack > 1:
+        venv = sb3.FrameStack(venv, recipe.frame_stack, recipe.stack_padding)
+    venv.seed(seed)
+    return venv, normalizer
 
 
 class _Advance(BaseCallback):

@@ -158,7 +158,7 @@ def test_observations_of_the_wrong_shape_are_refused(shape: tuple[int, ...]) -> 
 def test_state_and_episode_starts_of_another_batch_are_refused() -> None:
     smoothed = agent(2)
     _, state = smoothed.predict(np.zeros((3, 4), dtype=np.float32))
-    with pytest.raises(ValueError, match=r"state holds frame stacks of shape \(3, 2, 4\)"):
+    with pytest.raises(ValueError, match=r"state holds arrays of shapes \[\(3, 2, 4\)\], but .* need \[\(4, 2, 4\)\]"):
         smoothed.predict(np.zeros((4, 4), dtype=np.float32), state)
     with pytest.raises(ValueError, match=r"episode_start must have shape \(3,\)"):
         smoothed.predict(np.zeros((3, 4), dtype=np.float32), state, np.ones(4, dtype=bool))

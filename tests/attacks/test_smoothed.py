@@ -10,64 +10,23 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toys import LinearRule, balancer, network_balancer
+from toys import balancer, network_balancer
 
+from attacks.victims import BIAS, WEIGHTS, actor, context, cost, frames_of, linear
 from robustrl.attacks import Attack, AttackContext, FlipAttack, MinimalFlip, SmoothedPGD
-from robustrl.attacks.geometry import row_norms
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.noise import Ablation, Gaussian, Laplace, Noise, Splitting, Uniform
-from robustrl.policy import Padding, PolicyView, start_stack
+from robustrl.policy import Padding, PolicyView
 from robustrl.rollouts.chunk import run_chunk
 from robustrl.rollouts.collect import make_job
 from robustrl.threat import ThreatModel
 
-WEIGHTS = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
-BIAS = 0.1
 ATTACKS = [SmoothedPGD(draws=8), MinimalFlip(draws=8)]
 each_attack = pytest.mark.parametrize("attack", ATTACKS, ids=["pgd", "flip"])
 
 
-def linear(weights: Any = WEIGHTS, n_frames: int = 1) -> PolicyView:
-    return PolicyView.from_torch(LinearRule(weights, BIAS), kind="q", observation_shape=(len(weights),), n_frames=n_frames)
-
-
-def context(
-    policy: PolicyView,
-    frames: torch.Tensor,
-    budget: Any,
-    *,
-    noise: Noise | None = None,
-    seen: torch.Tensor | None = None,
-    padding: Padding = "reset",
-    seed: int = 0,
-    mask: tuple[bool, ...] | None = None,
-) -> AttackContext:
-    """The first step of episodes, or a later one if `seen` holds the past frames (n, k - 1, *frame)."""
-    stack = start_stack(frames, policy.n_frames, padding) if seen is None else torch.cat((seen, frames[:, None]), dim=1)
-    allowance = torch.as_tensor(budget, dtype=torch.float64).expand(len(frames)).clone()
-    return AttackContext(
-        policy=policy,
-        noise=noise,
-        clean_stack=stack,
-        seen_stack=stack.clone(),
-        allowance=allowance,
-        attackable=torch.ones(policy.frame_shape) if mask is None else torch.tensor(mask, dtype=torch.float32),
-        first_step=seen is None,
-        padding=padding,
-        generator=torch.Generator().manual_seed(seed),
-    )
-
-
-def frames_of(n: int, seed: int = 0, size: int = 4) -> torch.Tensor:
-    return torch.randn(n, size, generator=torch.Generator().manual_seed(seed))
-
-
 def margins(frames: torch.Tensor, weights: torch.Tensor = WEIGHTS) -> torch.Tensor:
     return frames.double() @ weights + BIAS
-
-
-def cost(frames: torch.Tensor, delivered: torch.Tensor) -> torch.Tensor:
-    return row_norms(delivered.double() - frames.double())
 
 
 def test_pgd_flips_a_linear_rule_within_one_step_of_the_least_norm() -> None:
@@ -80,6 +39,21 @@ def test_pgd_flips_a_linear_rule_within_one_step_of_the_least_norm() -> None:
     spent = cost(x, delivered)
     assert bool((spent >= least - 1e-6).all())
     assert bool((spent <= least + step + 1e-5).all())
+
+
+@pytest.mark.parametrize(("norm", "dual"), [(1, math.inf), (math.inf, 1)])
+def test_flips_under_other_norms_cost_what_the_dual_norm_says(norm: float, dual: float) -> None:
+    """The least p-norm that flips the sign of w . x + b is |w . x + b| / ||w||_dual."""
+    x, step = frames_of(200), 0.02
+    least = margins(x).abs() / torch.linalg.vector_norm(WEIGHTS, dual)
+    for attack, excess in ((SmoothedPGD(draws=1, step_size=step), step), (MinimalFlip(draws=1, bisections=14), 8 / 2**14)):
+        situation = context(linear(), x, 8.0, norm=norm)
+        delivered = attack.perturb(x, situation)
+        attack.check(situation.policy, ThreatModel(norm=norm, step=8.0), None)
+        assert bool((margins(delivered).sign() != margins(x).sign()).all())
+        spent = cost(x, delivered, norm)
+        assert bool((spent >= least - 1e-6).all())
+        assert bool((spent <= least + excess + 1e-5).all())
 
 
 def test_minimal_flip_finds_the_least_norm_up_to_its_bisection() -> None:
@@ -318,8 +292,7 @@ def test_an_undefended_policy_can_be_attacked_too() -> None:
 @pytest.mark.parametrize(
     ("threat", "message"),
     [
-        (ThreatModel(norm=1, episode=0.5), r"spends l2 budgets; threat\.norm must be 2, got 1"),
-        (ThreatModel(norm=math.inf, step=0.5), r"threat\.norm must be 2, got inf"),
+        (ThreatModel(norm=0, episode=2), r"threat\.norm must be 1, 2 or inf, got 0"),
         (ThreatModel(norm=2, episode=0.5, units="unit01"), "in raw units; got units='unit01'"),
         (ThreatModel(norm=2, episode=0.5, mask=(True, False, False)), "mask of 3 entries does not fit"),
         (ThreatModel(norm=2, episode=math.inf), "needs a finite budget"),
@@ -330,6 +303,12 @@ def test_threats_that_an_attack_cannot_serve_are_refused(attack: FlipAttack, thr
     with pytest.raises(ValueError, match=message):
         attack.check(balancer(), threat, Gaussian(0.2))
     attack.check(balancer(), ThreatModel(norm=2, step=0.1, episode=math.inf), Gaussian(0.2))
+
+
+@each_attack
+def test_continuous_actions_are_refused_with_a_way_out(attack: FlipAttack) -> None:
+    with pytest.raises(ValueError, match=r"flips discrete actions, the policy acts in Box\(.*: use GradientAttack"):
+        attack.check(actor(np.eye(2)), ThreatModel(norm=2, episode=1.0), None)
 
 
 @each_attack

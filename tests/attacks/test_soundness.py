@@ -18,8 +18,20 @@ from scipy.special import ndtr, ndtri
 from torch import nn
 from toys import LinearRule, Threshold, balancer
 
+from attacks.victims import LinearQ, Matrix, Push
 from robustrl.api import attack_policy, certify_policy
-from robustrl.attacks import Attack, AttackContext, MinimalFlip, SmoothedPGD
+from robustrl.attacks import (
+    ActionDeviation,
+    Attack,
+    AttackContext,
+    GradientAttack,
+    Greedy,
+    LowValue,
+    Margin,
+    MinimalFlip,
+    SmoothedPGD,
+    Uniform,
+)
 from robustrl.certify.certificate import EpisodeCertificate
 from robustrl.certify.confidence import clopper_pearson_upper
 from robustrl.envs.recipe import EnvRecipe
@@ -62,7 +74,7 @@ def on_both_sides() -> PolicyView:
 
 
 @dataclass(frozen=True)
-class Spread(Attack):
+class Evenly(Attack):
     """The same push at every step."""
 
     budget: float
@@ -96,9 +108,11 @@ class Gambler(Attack):
         return frames + (context.allowance * (1 - 1e-6) * share.double()).to(frames.dtype)[:, None]
 
 
-def mean_under(policy: PolicyView, attack: Attack | None, n: int = 12_000, seed: int = 0) -> tuple[float, float]:
+def mean_under(
+    policy: PolicyView, attack: Attack | None, n: int = 12_000, seed: int = 0, recipe: EnvRecipe = RECIPE
+) -> tuple[float, float]:
     """Mean return and a 99.99% upper limit of it."""
-    job = make_job(policy, RECIPE, seed=seed, chunk_size=4000, attack=attack, threat=None if attack is None else THREAT)
+    job = make_job(policy, recipe, seed=seed, chunk_size=4000, attack=attack, threat=None if attack is None else THREAT)
     wins = int(collect(job, n).returns.sum())
     return wins / n, float(clopper_pearson_upper(wins, n, 1e-4))
 
@@ -114,7 +128,7 @@ def test_clean_means_are_the_closed_form() -> None:
 
 @pytest.mark.parametrize(
     ("policy", "attack"),
-    [(on_the_sum(), Spread(BUDGET)), (on_the_first_frame(), AtStep(0))],
+    [(on_the_sum(), Evenly(BUDGET)), (on_the_first_frame(), AtStep(0))],
     ids=["even on the sum", "burst at first"],
 )
 def test_the_right_allocation_attains_the_bound_and_does_not_cross_it(policy: PolicyView, attack: Attack) -> None:
@@ -125,11 +139,71 @@ def test_the_right_allocation_attains_the_bound_and_does_not_cross_it(policy: Po
 
 @pytest.mark.parametrize("policy", [on_the_sum(), on_the_first_frame()], ids=["sum", "first"])
 @pytest.mark.parametrize(
-    "attack", [Spread(BUDGET), AtStep(0), AtStep(LENGTH - 1), Gambler(), SmoothedPGD(draws=4, step_size=0.1), MinimalFlip(draws=4, bisections=5)],
-    ids=["spread", "first", "last", "gambler", "pgd", "flip"],
+    "attack", [Evenly(BUDGET), AtStep(0), AtStep(LENGTH - 1), Gambler(), SmoothedPGD(draws=4, step_size=0.1), MinimalFlip(draws=4, bisections=5)],
+    ids=["evenly", "first", "last", "gambler", "pgd", "flip"],
 )  # fmt: skip
 def test_no_attacker_crosses_the_bound(policy: PolicyView, attack: Attack) -> None:
     assert mean_under(policy, attack, n=4_000)[1] >= BOUND
+
+
+PUSHED = replace(RECIPE, factory=lambda: Push(LENGTH))
+
+
+def pushed(weights: np.ndarray) -> PolicyView:
+    """The same two tests with a number for an action: it is positive where the discrete rule acts 1; Q(s, a) = a."""
+    return PolicyView.from_torch(
+        Offset(Matrix(weights[None]), TAU),
+        kind="deterministic",
+        observation_shape=(LENGTH,),
+        n_frames=LENGTH,
+        q_critic=LinearQ([1.0], np.zeros(LENGTH)),
+        action_space=Push.action_space,
+    )
+
+
+class Offset(nn.Module):
+    """A network's output plus a constant."""
+
+    def __init__(self, inner: nn.Module, offset: float) -> None:
+        super().__init__()
+        self.inner, self.offset = inner, offset
+
+    def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        return self.inner(observation) + self.offset
+
+
+def gradient(objective: Any, allocation: Any, steps: int = 2) -> GradientAttack:
+    return GradientAttack(objective, allocation=allocation, steps=steps, draws=2)
+
+
+SUM, FIRST = -np.ones(LENGTH) / math.sqrt(LENGTH), -np.eye(LENGTH)[0]
+DISCRETE, CONTINUOUS = (on_the_sum(), on_the_first_frame(), RECIPE), (pushed(SUM), pushed(FIRST), PUSHED)
+
+
+def test_the_continuous_version_is_the_same_problem() -> None:
+    for policy in CONTINUOUS[:2]:
+        mean, _ = mean_under(policy, None, recipe=PUSHED)
+        assert mean == pytest.approx(CLEAN, abs=4 * math.sqrt(CLEAN * (1 - CLEAN) / 12_000))
+
+
+@pytest.mark.parametrize(("version", "objective"), [(DISCRETE, Margin()), (DISCRETE, LowValue()), (CONTINUOUS, LowValue())])
+def test_gradients_with_the_right_allocation_attain_the_bound_and_do_not_cross_it(version: Any, objective: Any) -> None:
+    on_sum, on_first, recipe = version
+    for policy, allocation in ((on_sum, Uniform()), (on_first, Greedy())):
+        mean, upper = mean_under(policy, gradient(objective, allocation), recipe=recipe)
+        assert CLEAN - mean >= 0.95 * (CLEAN - BOUND)
+        assert upper >= BOUND
+
+
+@pytest.mark.parametrize("objective", [Margin(), LowValue(), ActionDeviation()], ids=lambda objective: type(objective).__name__)
+@pytest.mark.parametrize("allocation", [Greedy(), Uniform()], ids=lambda allocation: type(allocation).__name__)
+def test_no_gradient_crosses_the_bound_whenever_it_spends(objective: Any, allocation: Any) -> None:
+    for policies in (DISCRETE, CONTINUOUS):
+        if policies is CONTINUOUS and isinstance(objective, Margin):
+            continue
+        for policy in policies[:2]:
+            attack = gradient(objective, allocation, steps=3)
+            assert mean_under(policy, attack, n=4_000, recipe=policies[2])[1] >= BOUND
 
 
 def test_one_burst_on_the_sum_is_worth_what_its_closed_form_says() -> None:

@@ -15,6 +15,9 @@ from gymnasium.envs.registration import registry
 from robustrl.envs import EnvRecipe, known_return_bounds
 from robustrl.envs.bounds import CARTPOLE_EARLIEST_END
 from robustrl.noise import Gaussian
+from robustrl.registration import register_envs
+
+register_envs()
 
 STEP, FORCE, GRAVITY, MASS, POLE, LENGTH = 0.02, 10.0, 9.8, 1.1, 0.05, 0.5
 ANGLE_LIMIT, POSITION_LIMIT, START = 12 * 2 * math.pi / 360, 2.4, 0.05
@@ -129,9 +132,14 @@ def test_no_behaviour_leaves_the_bounds(env_id: str, horizon: int) -> None:
     "recipe",
     [
         EnvRecipe(env_id="FrozenLake-v1"),
-        EnvRecipe(env_id="Pendulum-v1"),
-        EnvRecipe(env_id="MountainCarContinuous-v0"),
+        EnvRecipe(env_id="Hopper-v5"),
         EnvRecipe(env_id="CartPole-v1", env_kwargs={"sutton_barto_reward": True}),
+        EnvRecipe(env_id="MountainCarContinuous-v0", env_kwargs={"goal_velocity": 0.01}),
+        EnvRecipe(env_id="Pendulum-v1", env_kwargs={"g": 9.81}),
+        EnvRecipe(env_id="InvertedPendulum-v5", env_kwargs={"reset_noise_scale": 0.02}),
+        EnvRecipe(env_id="robustrl/Atari-v0"),
+        EnvRecipe(env_id="robustrl/Atari-v0", env_kwargs={"game": "Boxing"}),
+        EnvRecipe(env_id="robustrl/PongOneRound-v0", wrappers=(lambda env: env,)),
         EnvRecipe(env_id="CartPole-v1", wrappers=(lambda env: env,)),
         EnvRecipe(factory=CartPoleEnv, max_episode_steps=500),
     ],
@@ -139,6 +147,147 @@ def test_no_behaviour_leaves_the_bounds(env_id: str, horizon: int) -> None:
 )
 def test_nothing_is_claimed_about_environments_without_a_proof(recipe: EnvRecipe) -> None:
     assert known_return_bounds(recipe) == (None, None)
+
+
+PENDULUM = math.pi**2 + 0.1 * 8**2 + 0.001 * 2**2
+
+
+@pytest.mark.parametrize(
+    ("env_id", "low", "high"),
+    [
+        ("MountainCarContinuous-v0", -99.9, 100.0),
+        ("Pendulum-v1", -200 * PENDULUM, 0.0),
+        ("InvertedPendulum-v5", 0.0, 1000.0),
+        ("robustrl/PongOneRound-v0", -1.0, 1.0),
+        ("robustrl/Freeway-v0", 0.0, None),
+    ],
+)
+def test_bounds_are_those_of_the_definitions(env_id: str, low: float, high: float | None) -> None:
+    found_low, found_high = known_return_bounds(EnvRecipe(env_id=env_id))
+    assert found_high == high
+    assert found_low is not None
+    assert found_low == pytest.approx(low, rel=1e-7)
+    assert found_low <= low
+    shorter_low, _ = known_return_bounds(EnvRecipe(env_id=env_id, max_episode_steps=7))
+    assert shorter_low is not None
+    assert shorter_low >= found_low
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "bounds"),
+    [
+        ({"game": "Breakout", "one_round": True}, (-1.0, 1.0)),
+        ({"game": "ALE/Freeway-v5", "mode": 1}, (0.0, None)),
+        ({"game": "freeway", "one_round": False}, (0.0, None)),
+    ],
+)
+def test_bounds_of_atari_games_follow_their_options(kwargs: dict[str, Any], bounds: tuple[float | None, float | None]) -> None:
+    assert known_return_bounds(EnvRecipe(env_id="robustrl/Atari-v0", env_kwargs=kwargs)) == bounds
+
+
+def test_a_round_that_is_switched_off_has_no_bounds() -> None:
+    recipe = EnvRecipe(env_id="robustrl/PongOneRound-v0", env_kwargs={"one_round": False})
+    assert known_return_bounds(recipe) == (None, None)
+
+
+def _returns(env_id: str, policies: list[Any], **kwargs: Any) -> list[float]:
+    """Returns of one episode per policy, a function of (step, observation, generator)."""
+    env, returns = gym.make(env_id, **kwargs), []
+    for seed, policy in enumerate(policies):
+        generator, t, total, done = np.random.default_rng(seed), 0, 0.0, False
+        observation, _ = env.reset(seed=seed)
+        while not done:
+            observation, reward, terminated, truncated, _ = env.step(policy(t, observation, generator))
+            t, total, done = t + 1, total + float(reward), terminated or truncated
+        returns.append(total)
+    return returns
+
+
+def _extremes(size: float) -> list[Any]:
+    """Constant, alternating, random and bang-bang actions up to `size`; the last two pump energy in and take it out."""
+
+    def act(value: float) -> Any:
+        return np.array([value], np.float32)
+
+    return [
+        lambda t, o, g: act(size),
+        lambda t, o, g: act(-size),
+        lambda t, o, g: act(0.0),
+        lambda t, o, g: act(size * (-1) ** t),
+        lambda t, o, g: act(size * (-1) ** (t // 20)),
+        lambda t, o, g: act(g.uniform(-size, size)),
+        lambda t, o, g: act(size if o[-1] >= 0 else -size),
+        lambda t, o, g: act(-size if o[-1] >= 0 else size),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("env_id", "size"), [("MountainCarContinuous-v0", 1.0), ("Pendulum-v1", 2.0), ("InvertedPendulum-v5", 3.0)]
+)
+def test_no_extreme_action_leaves_the_bounds(env_id: str, size: float) -> None:
+    low, high = known_return_bounds(EnvRecipe(env_id=env_id))
+    assert low is not None
+    assert high is not None
+    returns = _returns(env_id, _extremes(size))
+    assert min(returns) >= low
+    assert max(returns) <= high
+
+
+@pytest.mark.parametrize("horizon", [999, 15])
+def test_the_worst_return_of_the_continuous_mountain_car_is_attained(horizon: int) -> None:
+    """Full throttle in one direction never gets there; the float sum of 15 times -0.1 is below -0.1 15."""
+    (worst,) = _returns("MountainCarContinuous-v0", _extremes(1.0)[:1], max_episode_steps=horizon)
+    low, _ = known_return_bounds(EnvRecipe(env_id="MountainCarContinuous-v0", max_episode_steps=horizon))
+    assert low is not None
+    assert low <= worst < -0.1 * horizon + 1e-9
+    assert horizon == 999 or worst < -0.1 * horizon
+
+
+def test_the_continuous_mountain_car_succeeds_if_and_only_if_its_return_is_positive() -> None:
+    """Brute force over policies that pump with every force; even the slowest success pays more than it cost."""
+    env: Any = gym.make("MountainCarContinuous-v0")
+    outcomes = set()
+    for k, force in enumerate([*np.linspace(0.0, 1.0, 9), 0.05, 1.0]):
+        observation, _ = env.reset(seed=k)
+        total, terminated, truncated, t = 0.0, False, False, 0
+        while not (terminated or truncated):
+            late = k == 10 and t < 700  # waste fuel first
+            action = 1.0 if late else force if observation[1] >= 0 else -force
+            observation, reward, terminated, truncated, _ = env.step(np.array([action], np.float32))
+            total, t = total + reward, t + 1
+        assert terminated == (total > 0.05)
+        assert total >= 100 - 99.9 - 1e-9 if terminated else total <= 0
+        outcomes.add(bool(terminated))
+    assert outcomes == {True, False}
+
+
+def test_pendulum_steps_attain_their_worst_but_never_exceed_it() -> None:
+    env: Any = gym.make("Pendulum-v1").unwrapped
+    env.reset(seed=0)
+    generator, worst = np.random.default_rng(0), 0.0
+    angles = [math.pi, -math.pi, -math.pi - 1e-16, math.nextafter(-math.pi, -9), *generator.uniform(-1e6, 1e6, 3_000)]
+    for angle in angles:
+        env.state = np.array([angle, generator.choice([-8.0, 8.0])])
+        worst = min(worst, float(env.step(np.array([2.0], np.float32))[1]))
+    low, _ = known_return_bounds(EnvRecipe(env_id="Pendulum-v1", max_episode_steps=1))
+    assert low is not None
+    assert low <= worst < -PENDULUM + 1e-6
+
+
+def test_freeway_never_pays_less_than_nothing() -> None:
+    """ALE clips the change of Freeway's score to 0 or 1 per frame; these frames are single, up, down and mostly up."""
+    env: Any = gym.make("robustrl/Atari-v0", game="freeway", frame_skip=1, max_episode_steps=700)
+    rewards = set()
+    for seed, policy in enumerate(
+        [lambda g: 1, lambda g: 2, lambda g: int(g.integers(3)), lambda g: 1 + int(g.random() < 0.1)]
+    ):
+        generator, done = np.random.default_rng(seed), False
+        env.reset(seed=seed)
+        while not done:
+            _, reward, terminated, truncated, _ = env.step(policy(generator))
+            rewards.add(reward)
+            done = terminated or truncated
+    assert rewards == {0.0, 1.0}
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v77", "elsewhere/CartPole-v1"])

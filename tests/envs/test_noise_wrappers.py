@@ -286,7 +286,7 @@ def test_what_is_not_a_mechanism_is_refused(noise: Any) -> None:
 
 
 def test_observations_that_are_not_a_box_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"noise needs a Box observation space, got Discrete\(16\)"):
+    with pytest.raises(TypeError, match=r"noise needs a Box observation space or a Dict of them, got Discrete\(16\)"):
         NoiseObservation(gym.make("FrozenLake-v1"), NOISE)
 
 

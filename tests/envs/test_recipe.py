@@ -15,11 +15,14 @@ from gymnasium import spaces, wrappers
 from numpy.testing import assert_array_equal
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecMonitor, VecNormalize
+from toys import balancer
 
 from robustrl.envs import EnvRecipe, add_noise, make_vec_env, sb3
 from robustrl.envs.recipe import find_spec
 from robustrl.errors import ChainError
 from robustrl.noise import Gaussian, Uniform
+from robustrl.policy import Normalization
+from robustrl.rollouts.collect import make_job
 
 NOISE = Gaussian(0.2)
 
@@ -152,7 +155,7 @@ def test_a_second_noise_is_refused_the_same_one_is_not() -> None:
 @pytest.mark.parametrize(
     ("wrap", "name"),
     [
-        (lambda env: VecNormalize(env, training=False), "VecNormalize"),
+        (lambda env: VecNormalize(VecNormalize(env)), "VecNormalize"),
         (lambda env: VecFrameStack(env, 2), "VecFrameStack"),
         (lambda env: VecMonitor(VecFrameStack(env, 2)), "VecFrameStack"),
         (lambda env: sb3.NoiseObservation(env, NOISE), "NoiseObservation"),
@@ -162,6 +165,47 @@ def test_wrappers_around_make_vec_env_are_not_silently_left_out(wrap: Any, name:
     env = wrap(make_vec_env("CartPole-v1", noise=NOISE))
     with pytest.raises(ChainError, match=rf"^{name} wrapped around make_vec_env\(...\) is not in the recipe.*wrapper_class="):
         EnvRecipe.of(env)
+
+
+@pytest.mark.filterwarnings("ignore:The environment is already wrapped with a `Monitor`")
+def test_a_vec_normalize_around_make_vec_env_becomes_the_recipes_normalisation() -> None:
+    """With the statistics of that moment, even if it goes on learning."""
+    env = VecNormalize(make_vec_env("CartPole-v1", 2, noise=NOISE, seed=0))
+    env.reset()
+    env.step(np.zeros(2, dtype=np.int64))
+    recipe = EnvRecipe.of(VecMonitor(env))
+    assert recipe == EnvRecipe(env_id="CartPole-v1", noise=NOISE, normalization=Normalization.of(env), normalize="after_noise")
+    env.step(np.zeros(2, dtype=np.int64))
+    assert EnvRecipe.of(env) != recipe
+    assert recipe.frame_space == recipe.raw_space
+    for inner in (make_vec_env("CartPole-v1", normalization=Normalization.of(env)), VecNormalize(make_vec_env("CartPole-v1"))):
+        with pytest.raises(ChainError, match=r"^VecNormalize wrapped around make_vec_env"):
+            EnvRecipe.of(VecNormalize(inner))
+
+
+class LosesLives(gym.Wrapper[Any, Any, Any, Any]):
+    """As AtariPreprocessing does on request."""
+
+    terminal_on_life_loss = True
+
+
+class EpisodicLifeEnv(gym.Wrapper[Any, Any, Any, Any]):
+    """Named like Stable-Baselines3's, which needs an emulator."""
+
+
+@pytest.mark.parametrize("wrapper", [LosesLives, EpisodicLifeEnv])
+@pytest.mark.parametrize("noise", [None, NOISE])
+def test_one_life_is_no_episode(wrapper: Any, noise: Any) -> None:
+    recipe = EnvRecipe(env_id="CartPole-v1", noise=noise, wrappers=(wrapper,))
+    assert recipe.ends_with_a_life
+    with pytest.raises(ChainError, match="^an episode of CartPole-v1 is one life, not a whole game: make it without"):
+        make_job(balancer(), recipe)
+    assert not EnvRecipe(env_id="CartPole-v1", noise=noise).ends_with_a_life
+    make_job(balancer(), EnvRecipe(env_id="CartPole-v1", noise=noise, wrappers=(Untouched,)))
+
+
+class Untouched(gym.Wrapper[Any, Any, Any, Any]):
+    terminal_on_life_loss = False
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import inspect
 import io
 import json
@@ -19,7 +20,9 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from stable_baselines3 import A2C, DQN, PPO, SAC
+from sb3_contrib import ARS, QRDQN, TQC, TRPO, CrossQ, MaskablePPO, RecurrentPPO
+from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3, HerReplayBuffer
+from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
@@ -45,11 +48,44 @@ class OwnPolicy(ActorCriticPolicy):
     """Somebody's own."""
 
 
+class Spaces(gym.Env[Any, Any]):
+    """Spaces to build models for."""
+
+    def __init__(self, observations: Any, actions: Any = None) -> None:
+        self.observation_space, self.action_space = observations, actions or ACTIONS
+
+
+VECTOR = spaces.Box(-1, 1, (3,), np.float32)
+ACTIONS = spaces.Box(np.float32([-2, 1 / 3]), np.float32([1, 5.1]))
+SEVERAL = spaces.Dict(
+    [
+        ("zeta", spaces.Box(np.float32([-1, -2, -3]), np.float32([1, 2, 3]))),  # not in alphabetical order, bounds per entry
+        ("alpha", spaces.Box(-1, 1, (2, 2), np.float64)),
+        ("image", spaces.Box(0, 255, (36, 36, 1), np.uint8)),
+        ("codes", spaces.Box(0, 9, (2,), np.uint8)),
+    ]
+)
+GOALS = spaces.Dict(dict.fromkeys(("observation", "achieved_goal", "desired_goal"), VECTOR))
+PENDULUM, CONTINUOUS = "Pendulum-v1", Spaces(VECTOR)
+IMAGES = spaces.Box(0, 255, (36, 36, 1), np.uint8)
+SMALL_CNN = {"net_arch": [8], "features_extractor_kwargs": {"features_dim": 8}}
+SMALL_LSTM = {"net_arch": [8], "lstm_hidden_size": 8}
+
+
 def model(algorithm: Any = PPO, policy: Any = "MlpPolicy", env: Any = "CartPole-v1", **options: Any) -> Any:
-    settings = {"policy_kwargs": {"net_arch": [8]}, "device": "cpu", "seed": 0} | (
-        {"buffer_size": 100} if algorithm in (DQN, SAC) else {}
-    )
-    return algorithm(policy, env, **(settings | options))
+    settings: dict[str, Any] = {"policy_kwargs": {"net_arch": [8]}, "device": "cpu", "seed": 0}
+    if algorithm in (DQN, SAC, TD3, DDPG, QRDQN, TQC, CrossQ):
+        settings["buffer_size"] = 100
+    if algorithm is RecurrentPPO and policy == "MlpPolicy":
+        policy = "MlpLstmPolicy"
+    settings |= options
+    settings["policy_kwargs"] = copy.deepcopy(settings["policy_kwargs"])  # SB3 writes into it
+    made = algorithm(policy, env, **settings)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # new networks act alike everywhere
+        for parameter in made.policy.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return made
 
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -67,8 +103,39 @@ MODELS: dict[str, Callable[[], Any]] = {
     "a2c elu": lambda: model(A2C, policy_kwargs={"activation_fn": torch.nn.ELU}),
     "dqn default": lambda: model(DQN, policy_kwargs=None),
     "dqn tanh": lambda: model(DQN, policy_kwargs={"activation_fn": torch.nn.Tanh, "net_arch": [12]}),
+    "sac default": lambda: model(SAC, env=PENDULUM, policy_kwargs=None),
+    "sac gSDE": lambda: model(SAC, env=CONTINUOUS, use_sde=True, policy_kwargs={"net_arch": [8], "log_std_init": -2, "use_expln": True}),
+    "sac schedules": lambda: model(SAC, env=CONTINUOUS, learning_rate=1e-3, ent_coef="auto_0.1", target_entropy=-3.0),
+    "sac trained": lambda: model(SAC, env=PENDULUM, learning_starts=10, batch_size=4).learn(14),
+    "sac with hindsight": lambda: model(SAC, "MultiInputPolicy", Spaces(GOALS), replay_buffer_class=HerReplayBuffer, replay_buffer_kwargs={"n_sampled_goal": 4}),
+    "sac images": lambda: model(SAC, "CnnPolicy", Spaces(IMAGES), policy_kwargs=SMALL_CNN),
+    "sac several": lambda: model(SAC, "MultiInputPolicy", Spaces(SEVERAL), optimize_memory_usage=False),
+    "td3 default": lambda: model(TD3, env=PENDULUM, policy_kwargs=None),
+    "td3 three critics": lambda: model(TD3, env=CONTINUOUS, policy_kwargs={"net_arch": {"pi": [8], "qf": [4]}, "n_critics": 3}),
+    "td3 with action noise": lambda: model(TD3, env=PENDULUM, action_noise=NormalActionNoise(np.zeros(1), np.ones(1))),
+    "td3 images": lambda: model(TD3, "CnnPolicy", Spaces(IMAGES), policy_kwargs=SMALL_CNN),
+    "td3 several": lambda: model(TD3, "MultiInputPolicy", Spaces(SEVERAL)),
+    "ddpg default": lambda: model(DDPG, env=PENDULUM, policy_kwargs=None),
+    "ddpg lean memory": lambda: model(DDPG, env=PENDULUM, optimize_memory_usage=True, replay_buffer_kwargs={"handle_timeout_termination": False}),
+    "ddpg several": lambda: model(DDPG, "MultiInputPolicy", Spaces(SEVERAL)),
+    "recurrent default": lambda: model(RecurrentPPO, env=PENDULUM, policy_kwargs=None),
+    "recurrent layers": lambda: model(RecurrentPPO, policy_kwargs={**SMALL_LSTM, "n_lstm_layers": 2, "enable_critic_lstm": False}),
+    "recurrent several": lambda: model(RecurrentPPO, "MultiInputLstmPolicy", Spaces(SEVERAL), policy_kwargs=SMALL_LSTM, n_steps=8, batch_size=8),
+    "recurrent images": lambda: model(RecurrentPPO, "CnnLstmPolicy", Spaces(IMAGES), policy_kwargs={**SMALL_LSTM, **SMALL_CNN}, n_steps=8, batch_size=8),
+    "ppo continuous": lambda: model(env=CONTINUOUS),
+    "ppo gSDE squashed": lambda: model(env=CONTINUOUS, use_sde=True, policy_kwargs={"net_arch": [8], "squash_output": True}),
+    "ppo images": lambda: model(policy="CnnPolicy", env=Spaces(IMAGES), policy_kwargs=SMALL_CNN, n_steps=8, batch_size=8),
+    "ppo undivided images": lambda: model(policy="CnnPolicy", env=Spaces(IMAGES), policy_kwargs={**SMALL_CNN, "normalize_images": False}, n_steps=8, batch_size=8),
+    "ppo float images": lambda: model(policy="CnnPolicy", env=Spaces(spaces.Box(0, 1, (1, 36, 36), np.float32)), policy_kwargs={**SMALL_CNN, "normalize_images": False}, n_steps=8, batch_size=8),
+    "ppo flat bytes": lambda: model(env=Spaces(spaces.Box(0, 255, (6, 5, 3), np.uint8))),
+    "ppo bytes that are no image": lambda: model(env=Spaces(spaces.Box(0, 3, (6, 5, 3), np.uint8))),
+    "ppo several": lambda: model(policy="MultiInputPolicy", env=Spaces(SEVERAL), n_steps=8, batch_size=8),
+    "a2c several": lambda: model(A2C, "MultiInputPolicy", Spaces(SEVERAL), policy_kwargs={"normalize_images": False}),
+    "a2c continuous": lambda: model(A2C, env=PENDULUM),
+    "dqn several": lambda: model(DQN, "MultiInputPolicy", Spaces(SEVERAL, spaces.Discrete(3))),
+    "dqn images": lambda: model(DQN, "CnnPolicy", Spaces(IMAGES, spaces.Discrete(3)), policy_kwargs=SMALL_CNN),
     "dqn trained": lambda: model(DQN, train_freq=(4, "step"), learning_starts=10, target_update_interval=20).learn(60),
-}
+}  # fmt: skip
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -88,31 +155,62 @@ def no_pickle_is_loaded(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
             monkeypatch.setattr(module, name, refuse)
 
 
+def frames_of(space: Any, n: int = 100) -> Any:
+    """Observations of any space, bytes as bytes."""
+    generator = np.random.default_rng(0)
+    if isinstance(space, spaces.Dict):
+        return {key: frames_of(part, n) for key, part in space.items()}
+    if space.dtype == np.uint8:
+        return generator.integers(0, int(space.high.max()) + 1, (n, *space.shape), dtype=np.uint8)
+    return generator.normal(size=(n, *space.shape)).astype(space.dtype)
+
+
+def assert_acts_alike(loaded: Any, original: Any) -> None:
+    frames = frames_of(original.observation_space)
+    expected = original.predict(frames, deterministic=True)[0]
+    np.testing.assert_allclose(loaded.predict(frames, deterministic=True)[0], expected, rtol=1e-6)
+    assert len(np.unique(expected, axis=0)) > 1 or expected.dtype.kind == "i"
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_ordinary_models_load_and_predict_as_before(name: str, tmp_path: Path) -> None:
     original = MODELS[name]()
     original.save(tmp_path / "agent.zip")
     loaded = load_model(tmp_path / "agent.zip", device="cpu")
     assert type(loaded) is type(original)
-    frames = np.random.default_rng(0).normal(size=(200, *original.observation_space.shape)).astype(np.float32)
-    assert np.array_equal(loaded.predict(frames, deterministic=True)[0], original.predict(frames, deterministic=True)[0])
+    assert type(loaded.policy) is type(original.policy)
+    assert loaded.action_space == original.action_space
+    assert_acts_alike(loaded, original)
     k = 3 if "stacked" in name else 1
     assert PolicyView.of(loaded, n_frames=k).fingerprint() == PolicyView.of(original, n_frames=k).fingerprint()
 
 
-def test_image_models_load_too(tmp_path: Path) -> None:
-    class Pixels(gym.Env[Any, Any]):
-        observation_space = spaces.Box(0, 255, (36, 36, 1), np.uint8)
-        action_space = spaces.Discrete(3)
-
-        def reset(self, **_: Any) -> Any:
-            return np.zeros((36, 36, 1), np.uint8), {}
-
-    original = model(policy="CnnPolicy", env=Pixels(), policy_kwargs={"features_extractor_kwargs": {"features_dim": 16}})
+@pytest.mark.parametrize(
+    "name", ["sac default", "td3 three critics", "sac with hindsight", "ddpg lean memory", "recurrent layers"]
+)
+def test_models_load_with_trust_as_well(name: str, tmp_path: Path) -> None:
+    original = MODELS[name]()
     original.save(tmp_path / "agent.zip")
-    frames = np.random.default_rng(0).integers(0, 256, (20, 1, 36, 36), dtype=np.uint8)
-    loaded = load_model(tmp_path / "agent.zip", device="cpu")
-    assert np.array_equal(loaded.predict(frames, deterministic=True)[0], original.predict(frames, deterministic=True)[0])
+    loaded = load_model(tmp_path / "agent.zip", trust=True, device="cpu")
+    assert type(loaded) is type(original)
+    assert PolicyView.of(loaded).fingerprint() == PolicyView.of(original).fingerprint()
+
+
+def saved(path: Path, model: Any, **data: Any) -> Path:
+    """A model's file with entries of its data replaced."""
+    model.save(path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    return written(path, members, **data)
+
+
+@pytest.mark.parametrize("trust", [False, True], ids=["safe", "trust"])
+def test_huge_replay_buffers_are_not_allocated(trust: bool, tmp_path: Path) -> None:
+    """A hundred terabytes, of which not one observation more than one is asked for."""
+    original = MODELS["sac images"]()
+    loaded = load_model(saved(tmp_path / "agent.zip", original, buffer_size=10**11), trust=trust, device="cpu")
+    assert loaded.replay_buffer.buffer_size == 1
+    assert_acts_alike(loaded, original)
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +274,38 @@ def test_code_planted_under_any_key_of_the_data_does_not_run(plain: dict[str, by
             outcomes.append(opened(written(tmp_path / "agent.zip", plain, **{key: entry})))
             assert not marker.exists(), key
     assert sum(outcome is not None for outcome in outcomes) > len(keys) // 2  # most entries do not matter for acting
+
+
+@pytest.mark.parametrize("name", ["sac default", "td3 with action noise", "dqn several", "recurrent default"])
+def test_code_planted_in_every_pickle_at_once_does_not_run(name: str, tmp_path: Path) -> None:
+    """Behind the text that SB3 wrote, in every algorithm's file: it loads, and nothing has run."""
+    marker, original = tmp_path / "ran", MODELS[name]()
+    code = base64.b64encode(cloudpickle.dumps(Planted(marker))).decode()
+    original.save(tmp_path / "agent.zip")
+    with zipfile.ZipFile(tmp_path / "agent.zip") as archive:
+        data = json.loads(archive.read("data"))
+    pickled = {
+        key: {**entry, ":serialized:": code}
+        for key, entry in data.items()
+        if isinstance(entry, dict) and ":serialized:" in entry
+    }
+    assert len(pickled) >= 4
+    loaded = load_model(saved(tmp_path / "agent.zip", original, **pickled), device="cpu")
+    assert not marker.exists()
+    assert_acts_alike(loaded, original)
+
+
+ODD: tuple[Any, ...] = (-1, 0, 1e30, "x", [], [[]], {}, {"a": 1}, True, {":type:": "x", ":serialized:": ""})
+
+
+@pytest.mark.parametrize("name", ["sac default", "dqn default", "recurrent layers", "ppo several"])
+def test_odd_values_under_any_key_end_in_a_clean_error_or_the_model(name: str, tmp_path: Path) -> None:
+    path, generator = saved(tmp_path / "agent.zip", MODELS[name]()), np.random.default_rng(0)
+    with zipfile.ZipFile(path) as archive:
+        members = {member: archive.read(member) for member in archive.namelist()}
+    for key in json.loads(members["data"]):
+        for i in generator.choice(len(ODD), 2, replace=False):
+            opened(written(path, members, **{key: ODD[i]}))
 
 
 @pytest.mark.parametrize("member", ["policy.pth", "pytorch_variables.pth", "policy.optimizer.pth", "extra.pth", "tensors.pth"])
@@ -287,16 +417,120 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_an_unknown_algorithm_is_refused(plain: dict[str, bytes], tmp_path: Path) -> None:
     path = written(tmp_path / "agent.zip", plain)
-    with pytest.raises(ValueError, match="algo must be one of ppo, a2c, dqn, got 'sac'"):
-        load_model(path, algo="sac")
+    with pytest.raises(ValueError, match="algo must be one of ppo, a2c, dqn, sac, td3, ddpg, recurrent_ppo, got 'trpo'"):
+        load_model(path, algo="trpo")
     with pytest.raises(UnsafeModelError, match="pass the right --algo"):
         load_model(path, algo="dqn")
 
 
-def test_continuous_actions_are_refused(tmp_path: Path) -> None:
-    model(SAC, env="Pendulum-v1").save(tmp_path / "agent.zip")
-    with pytest.raises(UnsafeModelError, match="continuous actions have no view yet"):
+FOREIGN: dict[str, tuple[Any, str]] = {
+    "TRPO": (lambda: model(TRPO), "which algorithm wrote it cannot be told; pass --algo"),
+    "QR-DQN": (lambda: model(QRDQN), "its policy is of sb3_contrib.qrdqn.policies; supported algorithms are ppo, "),
+    "ARS": (lambda: ARS("LinearPolicy", "CartPole-v1"), "its policy is of sb3_contrib.ars.policies"),
+    "TQC": (lambda: model(TQC, env=PENDULUM), "its policy is of sb3_contrib.tqc.policies"),
+    "CrossQ": (lambda: model(CrossQ, env=PENDULUM), "its policy is of sb3_contrib.crossq.policies"),
+    "MaskablePPO": (lambda: model(MaskablePPO), "its policy is of sb3_contrib.common.maskable.policies"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("trust", [False, True], ids=["safe", "trust"])
+def test_other_algorithms_are_never_taken_for_one_of_ours(name: str, trust: bool, tmp_path: Path) -> None:
+    make, message = FOREIGN[name]
+    make().save(tmp_path / "agent.zip")
+    with pytest.raises(UnsafeModelError, match=message):
+        load_model(tmp_path / "agent.zip", trust=trust)
+
+
+@pytest.mark.parametrize(
+    ("name", "algo"),
+    [
+        *(("TQC", "sac"), ("QR-DQN", "dqn"), ("CrossQ", "td3"), ("ARS", "a2c"), ("MaskablePPO", "ppo")),
+        *(("recurrent default", "ppo"), ("ppo continuous", "recurrent_ppo"), ("td3 default", "sac"), ("sac default", "ddpg"), ("dqn default", "sac")),
+    ],
+)  # fmt: skip
+def test_an_algorithm_that_did_not_write_the_file_is_refused(name: str, algo: str, tmp_path: Path) -> None:
+    (FOREIGN[name][0] if name in FOREIGN else MODELS[name])().save(tmp_path / "agent.zip")
+    with pytest.raises(UnsafeModelError, match="its policy class is not one of .* own; pass the right --algo"):
+        load_model(tmp_path / "agent.zip", algo=algo)
+
+
+@pytest.mark.parametrize(
+    ("name", "algo"), [("ppo continuous", "a2c"), ("ddpg default", "td3"), ("td3 default", "ddpg"), ("a2c default", "ppo")]
+)
+def test_algorithms_that_share_their_policies_act_alike(name: str, algo: str, tmp_path: Path) -> None:
+    original = MODELS[name]()
+    original.save(tmp_path / "agent.zip")
+    try:
+        loaded = load_model(tmp_path / "agent.zip", algo=algo, device="cpu")
+    except UnsafeModelError as error:  # another algorithm's constructor may need numbers that the file does not hold
+        assert "pass --algo / --policy-kwargs" in str(error)  # noqa: PT017
+        return
+    assert_acts_alike(loaded, original)
+
+
+def test_a_twin_delayed_model_without_delay_acts_as_itself(tmp_path: Path) -> None:
+    """The numbers of DDPG: which of the two wrote the file does not matter for acting."""
+    original = model(TD3, env=CONTINUOUS, policy_delay=1, target_noise_clip=0.0)
+    original.save(tmp_path / "agent.zip")
+    assert_acts_alike(load_model(tmp_path / "agent.zip", device="cpu"), original)
+
+
+# ------------------------------------------------------------------------------------------------ action spaces
+
+
+def test_long_action_spaces_need_the_environments(tmp_path: Path) -> None:
+    """numpy abbreviates arrays of more than 1000 entries with dots."""
+    generator = np.random.default_rng(0)
+    low = -generator.random(2000).astype(np.float32)
+    space, path = spaces.Box(low, -low), tmp_path / "agent.zip"
+    original = model(env=Spaces(VECTOR, space))
+    original.save(path)
+    assert "..." in json.loads(zipfile.ZipFile(path).read("data"))["action_space"]["low"]
+    others = [None, spaces.Box(low - 1, -low), spaces.Box(low[:-1], -low[:-1]), spaces.Discrete(2000)]
+    for other in others:
+        with pytest.raises(
+            UnsafeModelError, match=r"agent\.zip: its action space is no Discrete or Box that can be rebuilt from text"
+        ):
+            load_model(path, action_space=other)
+    loaded = load_model(path, action_space=space, device="cpu")
+    assert loaded.action_space == space
+    assert_acts_alike(loaded, original)
+
+
+def test_bounds_that_text_rounds_are_the_environments_where_they_agree(tmp_path: Path) -> None:
+    low, high = np.float32([-1 / 3, 0.1234567891]), np.float32([2 / 3, 16777217.0])
+    exact = spaces.Box(low, high)
+    model(env=Spaces(VECTOR, exact)).save(tmp_path / "agent.zip")
+    assert load_model(tmp_path / "agent.zip", action_space=exact).action_space == exact
+    near = spaces.Box(np.nextafter(low, np.float32(9)), high)
+    assert load_model(tmp_path / "agent.zip", action_space=near).action_space in (near, exact)
+    for other in (
+        spaces.Box(low - 1, high),
+        spaces.Box(low, 2 * high),
+        spaces.Box(-1, 1, (3,), np.float32),
+        spaces.Discrete(2),
+    ):
+        assert np.allclose(load_model(tmp_path / "agent.zip", action_space=other).action_space.low, low)
+
+
+@pytest.mark.parametrize("space", [spaces.MultiBinary(3), spaces.MultiDiscrete([2, 2])], ids=str)
+def test_actions_without_a_view_are_refused(space: Any, tmp_path: Path) -> None:
+    model(env=Spaces(VECTOR, space)).save(tmp_path / "agent.zip")
+    with pytest.raises(UnsafeModelError, match="its action space is no Discrete or Box"):
         load_model(tmp_path / "agent.zip")
+
+
+@pytest.mark.parametrize(
+    "part", [spaces.Discrete(3), spaces.MultiBinary(2), spaces.Dict({"b": VECTOR}), spaces.Box(0, 9, (2,), np.int64)], ids=str
+)
+def test_dictionaries_of_anything_but_plain_boxes_are_refused(part: Any, tmp_path: Path) -> None:
+    original = model(policy="MultiInputPolicy", env=Spaces(spaces.Dict({"a": VECTOR})))
+    text = {":type:": "", ":serialized:": "", "spaces": str({"a": VECTOR, "b": part})}
+    with pytest.raises(
+        UnsafeModelError, match="its observation space is no Box .or Dict of them. that can be rebuilt from text"
+    ):
+        load_model(saved(tmp_path / "agent.zip", original, observation_space=text))
 
 
 def test_policies_of_ones_own_need_trust(tmp_path: Path) -> None:
@@ -365,10 +599,16 @@ def test_plain_learning_rates_come_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        (EnvRecipe(env_id="MountainCar-v0", noise=Gaussian(0.1)), r"takes observations of shape \(12,\), but MountainCar-v0"),
-        (EnvRecipe(env_id="CartPole-v1", noise=Gaussian(0.1)), r"does the model stack 3 frames\? then pass frame_stack=3"),
-        (EnvRecipe(env_id="CartPole-v1", noise=Gaussian(0.1), frame_stack=2), r"then pass frame_stack=3 \(--frame-stack\)"),
-        ("Acrobot-v1", r"does the model stack 2 frames\?"),
+        (
+            EnvRecipe(env_id="MountainCar-v0", noise=Gaussian(0.1)),
+            r"takes observations of shape \(12,\), which 1 frame\(s\) of shape \(2,\) do not make",
+        ),
+        (EnvRecipe(env_id="CartPole-v1", noise=Gaussian(0.1)), r"does it stack 3 frames\? \(frame_stack=3, --frame-stack 3\)"),
+        (
+            EnvRecipe(env_id="CartPole-v1", noise=Gaussian(0.1), frame_stack=2),
+            r"which 2 frame\(s\) .* does it stack 3 frames\?",
+        ),
+        ("Acrobot-v1", r"does it stack 2 frames\?"),
     ],
 )
 def test_a_model_that_does_not_fit_its_environment_is_refused_with_a_hint(tmp_path: Path, env: Any, message: str) -> None:
@@ -388,5 +628,5 @@ def test_a_model_with_other_actions_is_refused(tmp_path: Path) -> None:
             return action
 
     recipe = EnvRecipe(factory=lambda: TwoActions(gym.make("Acrobot-v1")), noise=Gaussian(0.1))
-    with pytest.raises(ValueError, match=r"the model acts in Discrete\(3\), but .* takes Discrete\(2\)"):
+    with pytest.raises(ValueError, match=r"the policy acts in Discrete\(3\), but .* takes Discrete\(2\)"):
         load_agent(tmp_path / "agent.zip", recipe)

@@ -13,7 +13,7 @@ import torch
 from gymnasium import spaces
 from numpy.testing import assert_array_equal
 from scipy import stats
-from stable_baselines3 import A2C, DQN, PPO, SAC
+from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import Tensor, nn
@@ -142,9 +142,9 @@ def test_gradients_reach_the_newest_frame_and_no_other(algorithm: Any) -> None:
 def test_a_stochastic_policy_samples_its_own_distribution() -> None:
     view = _linear([[1.0], [0.0], [-1.0], [-30.0]])
     n = 40_000
-    uniforms = torch.rand(n, 2, generator=torch.Generator().manual_seed(0))
+    draws = torch.rand(n, 2, generator=torch.Generator().manual_seed(0))
     scores = view.scores(torch.ones(1, 1)).expand(n, 4)
-    actions = view.actions(scores, deterministic=False, uniforms=uniforms)
+    actions = view.actions(scores, deterministic=False, draws=draws)
     expected = scores[0].softmax(0).detach().numpy().astype(np.float64)
     counts = np.bincount(actions.numpy(), minlength=4)
     assert stats.chisquare(counts[:3], expected[:3] / expected[:3].sum() * counts[:3].sum()).pvalue > 1e-3
@@ -154,8 +154,8 @@ def test_a_stochastic_policy_samples_its_own_distribution() -> None:
 def test_actions_of_probability_zero_are_never_sampled() -> None:
     view = _linear([[1.0], [0.0], [-1.0]])
     scores = torch.tensor([[-1e9, 0.0, -1e9]]).expand(3, 3)
-    uniforms = torch.tensor([[0.0, 0.0], [0.5, 0.0], [1 - 2**-24, 0.0]])
-    assert view.actions(scores, deterministic=False, uniforms=uniforms).tolist() == [1, 1, 1]
+    draws = torch.tensor([[0.0, 0.0], [0.5, 0.0], [1 - 2**-24, 0.0]])
+    assert view.actions(scores, deterministic=False, draws=draws).tolist() == [1, 1, 1]
 
 
 def test_an_exploring_q_policy_is_epsilon_greedy() -> None:
@@ -164,8 +164,8 @@ def test_an_exploring_q_policy_is_epsilon_greedy() -> None:
     view = PolicyView(module, kind="q", observation_shape=(1,), exploration=0.3)
     n = 40_000
     scores = view.scores(torch.ones(1, 1)).expand(n, 3)
-    uniforms = torch.rand(n, 2, generator=torch.Generator().manual_seed(1))
-    counts = np.bincount(view.actions(scores, deterministic=False, uniforms=uniforms).numpy(), minlength=3)
+    draws = torch.rand(n, 2, generator=torch.Generator().manual_seed(1))
+    counts = np.bincount(view.actions(scores, deterministic=False, draws=draws).numpy(), minlength=3)
     assert stats.chisquare(counts, np.array([0.1, 0.8, 0.1]) * n).pvalue > 1e-3
     assert torch.all(view.actions(scores) == 1)
 
@@ -177,8 +177,8 @@ def test_the_law_of_a_stochastic_view_is_that_of_predict() -> None:
     for model in (ppo, dqn):
         view, n = PolicyView.from_sb3(model), 4000
         stack = torch.from_numpy(np.repeat(x, n, axis=0))[:, None]
-        uniforms = torch.rand(n, 2, generator=torch.Generator().manual_seed(2))
-        ours = int(view.act_blocked(stack, batch=500, deterministic=False, uniforms=uniforms).sum())
+        draws = torch.rand(n, 2, generator=torch.Generator().manual_seed(2))
+        ours = int(view.act_blocked(stack, batch=500, deterministic=False, draws=draws).sum())
         torch.manual_seed(0)
         np.random.seed(0)  # noqa: NPY002 - DQN.predict explores with numpy's global generator
         model.action_space.seed(0)
@@ -193,25 +193,24 @@ def test_the_law_of_a_stochastic_view_is_that_of_predict() -> None:
 
 def test_a_rows_action_depends_on_nobody_else_in_the_batch() -> None:
     """Any subset, in any order, alone or padded: the same scores bit for bit at a fixed batch size, for the usual widths."""
-    model = _model(PPO)
-    plain = PolicyView.from_sb3(model)
+    plain = PolicyView.from_sb3(_model(PPO))
     seen: list[Tensor] = []
+    original = plain.rule.choose
+
+    def record(scores: Tensor, draws: Tensor | None) -> Tensor:
+        seen.append(scores.clone())
+        return original(scores, draws)
+
+    plain.rule.choose = record  # type: ignore[method-assign]
     for view in (plain, plain.for_inference()):
-        original = view.actions
-
-        def record(scores: Tensor, original: Any = original, **kwargs: Any) -> Tensor:
-            seen.append(scores.clone())
-            return original(scores, **kwargs)
-
-        view.actions = record  # type: ignore[method-assign]
         stack = torch.from_numpy(_observations(300))[:, None]
-        uniforms = torch.rand(300, 2, generator=torch.Generator().manual_seed(0))
-        everyone = view.act_blocked(stack, batch=64, deterministic=False, uniforms=uniforms)
+        draws = torch.rand(300, 2, generator=torch.Generator().manual_seed(0))
+        everyone = view.act_blocked(stack, batch=64, deterministic=False, draws=draws)
         scores = seen.pop()
         generator = np.random.default_rng(0)
         for size in (1, 2, 7, 63, 64, 65, 200, 300):
             rows = torch.from_numpy(generator.permutation(300)[:size].copy())
-            actions = view.act_blocked(stack[rows], batch=64, deterministic=False, uniforms=uniforms[rows])
+            actions = view.act_blocked(stack[rows], batch=64, deterministic=False, draws=draws[rows])
             assert torch.equal(actions, everyone[rows])
             assert torch.equal(seen.pop(), scores[rows])
         assert view.act_blocked(stack[:0], batch=64).shape == (0,)
@@ -323,25 +322,16 @@ def test_folding_puts_the_oldest_frame_first() -> None:
 # ---------------------------------------------------------------------------------------------------- bad inputs
 
 
-class Pendulumlike(gym.Env[np.ndarray, np.ndarray]):
-    observation_space = spaces.Box(-1, 1, (3,), np.float32)
-    action_space = spaces.Box(-1, 1, (1,), np.float32)
-
-
-@pytest.mark.parametrize("algorithm", [PPO, SAC])
-def test_continuous_actions_are_refused(algorithm: Any) -> None:
-    with pytest.raises(TypeError, match=rf"{algorithm.__name__}: actions must be a Discrete space, got Box"):
-        PolicyView.from_sb3(_model(algorithm, Pendulumlike()))
-
-
 def test_discrete_observations_are_refused() -> None:
-    with pytest.raises(TypeError, match="PPO: observations must be a Box space, got Discrete"):
+    with pytest.raises(TypeError, match=r"PPO: observations must be a Box space or a Dict of them, got Discrete\(16\)"):
         PolicyView.from_sb3(_model(PPO, gym.make("FrozenLake-v1")))
 
 
 def test_a_model_that_normalises_observations_outside_the_view_is_refused() -> None:
     env = DummyVecEnv([lambda: gym.make("CartPole-v1")])
-    with pytest.raises(ValueError, match="PPO sees observations through VecNormalize"):
+    with pytest.raises(
+        ValueError, match=r"PPO sees observations through a VecNormalize, .* pass normalization=Normalization.of\("
+    ):
         PolicyView.from_sb3(_model(PPO, VecNormalize(env)))
     PolicyView.from_sb3(_model(PPO, VecNormalize(env, norm_obs=False)))  # normalised rewards do not matter
 
@@ -392,14 +382,14 @@ def test_policies_that_compute_something_else_are_refused() -> None:
         (
             lambda: _linear([[1.0]], kind="q").distribution(torch.zeros(1, 1)),
             ValueError,
-            "action values define no distribution",
+            "only logits define a distribution",
         ),
-        (lambda: _linear([[1.0]]).actions(torch.zeros(1, 1), deterministic=False), ValueError, "^uniforms must be given"),
+        (lambda: _linear([[1.0]]).actions(torch.zeros(1, 1), deterministic=False), ValueError, "^draws must be given"),
         (lambda: _linear([[1.0]]).act_blocked(torch.zeros(1, 1, 1), batch=0), ValueError, "^batch must be"),
         (
-            lambda: _linear([[1.0]]).act_blocked(torch.zeros(3, 1, 1), batch=2, deterministic=False, uniforms=torch.rand(1, 2)),
+            lambda: _linear([[1.0]]).act_blocked(torch.zeros(3, 1, 1), batch=2, deterministic=False, draws=torch.rand(1, 2)),
             ValueError,
-            r"^uniforms must have shape \(3, 2\)",
+            r"^draws must have 3 rows, got shape \(1, 2\)",
         ),
         (lambda: start_stack(np.zeros((1, 2)), 2, "copy"), ValueError, "^padding must be"),  # type: ignore[arg-type]
         (lambda: fold_frames(np.zeros((1, 3, 2)), (7,)), ValueError, "stack of 3 frames of shape .* does not fit"),

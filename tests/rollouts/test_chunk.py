@@ -77,7 +77,7 @@ def alone(job: Job, chunk: int, n: int, slot: int) -> tuple[float, int]:
         stack = start_stack(frame[None], job.recipe.frame_stack) if stack is None else push_frame(stack, frame[None])
         uniform = None if job.deterministic else torch.rand(n, 2, generator=uniforms)[[slot]]
         scores = policy.scores(policy.fold(stack))
-        following, reward, ended = env.step(int(policy.actions(scores, deterministic=job.deterministic, uniforms=uniform)))
+        following, reward, ended = env.step(int(policy.actions(scores, deterministic=job.deterministic, draws=uniform)))
         frame, total, length = torch.from_numpy(following), total + reward, length + 1
         if ended:
             return total, length
@@ -174,7 +174,8 @@ def test_the_noise_that_is_added_has_the_stated_law() -> None:
     view = noted(PolicyView.from_torch(LinearRule(np.zeros(4)), kind="logits", observation_shape=(4,)))
     recipe = EnvRecipe(factory=lambda: Steps(50), max_episode_steps=50, noise=Gaussian(0.3))
     run_chunk(make_job(view, recipe, chunk_size=100), 0, 100)
-    noise = (torch.stack(Noted.seen) - torch.arange(50)[:, None, None]).double().numpy() / 0.3
+    seen = torch.stack(Noted.seen).reshape(50, -1, 4)[:, :100]  # several padded batches per step
+    noise = (seen - torch.arange(50)[:, None, None]).double().numpy() / 0.3
     assert abs(noise.mean()) < 4 / math.sqrt(noise.size)
     assert abs(noise.var() - 1) < 4 * math.sqrt(2 / noise.size)
     flat = noise.reshape(50, -1)

@@ -130,7 +130,9 @@ def test_an_environment_from_a_factory_is_named_and_must_be_given_again(tmp_path
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"algo": "sac"}, ValueError, "algo must be one of ppo, a2c, dqn, got 'sac'"),
+        ({"algo": "trpo"}, ValueError, "algo must be one of ppo, a2c, dqn, sac, td3, ddpg, recurrent_ppo, got 'trpo'"),
+        ({"algo": "sac"}, ValueError, r"sac needs a Box action space, but CartPole-v1 takes Discrete\(2\)"),
+        ({"algo": "dqn", "env": "Pendulum-v1"}, ValueError, "dqn needs a Discrete action space"),
         ({"timesteps": 0}, ValueError, "timesteps must be an integer >= 1, got 0"),
         ({"timesteps": 1.5}, TypeError, "timesteps must be an integer >= 1"),
         ({"n_envs": 0}, ValueError, "n_envs must be an integer >= 1, got 0"),
