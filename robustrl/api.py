@@ -32,10 +32,9 @@ from robustrl.policy.loading import load_model
 from robustrl.report.attack import AttackReport
 from robustrl.rollouts.chunk import Job
 from robustrl.rollouts.collect import check_actions, collect, make_job
-from robustrl.rollouts.executor import Executor
+from robustrl.rollouts.executor import Executor, build
 from robustrl.threat import ThreatModel
 from robustrl.training.run_files import RunInfo
-from robustrl.verification import versions
 
 
 def certify_policy(
@@ -83,7 +82,7 @@ def certify_policy(
         frame_stack: frames in one observation, if `env` does not say.
         normalization: frozen normalisation of the observations, if `env` does not say; noise and budgets are in its units.
         max_episode_steps: horizon, if `env` does not say.
-        return_low: sure lower bound of the return; known for CartPole, Acrobot and MountainCar.
+        return_low: sure lower bound of the return; default what `known_return_bounds` knows.
         return_high: sure upper bound of the return, where there is one.
         simultaneous: whether the confidence covers all budgets at once.
         until: (value, budget): stop as soon as `value` is certified at `budget` (statistic="mean", method="betting"); the
@@ -135,7 +134,7 @@ def certify_policy(
     policy = recipe.view(model)
     job = make_job(policy, recipe, seed=seed, chunk_size=chunk_size, engine=engine, deterministic=deterministic)
     recorded = {k: v for k, v in job.describe().items() if k not in ("attack", "threat")}
-    recorded |= {"env": recipe.label, "units": frame_units(recipe), "versions": versions()} | (
+    recorded |= {"env": recipe.label, "units": frame_units(recipe), "versions": dict(build())} | (
         {"success_at": threshold} if statistic == "success" else {}
     )
 
@@ -212,8 +211,7 @@ def attack_policy(
         episodes: number of episodes.
         certificate: certificate of the mean return or of success, of the same policy and noise, to compare with.
         noise, frame_stack, normalization, max_episode_steps: if `env` does not say.
-        return_high: sure upper bound of the return, for the upper confidence bound; known for CartPole, Acrobot and
-            MountainCar.
+        return_high: sure upper bound of the return, for the upper confidence bound; known where `known_return_bounds` knows it.
         success_at: report the probability of a return of at least this instead of the mean return; default what a
             certificate of success says.
         alpha: failure probability of the upper bound.

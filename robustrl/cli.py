@@ -170,29 +170,30 @@ def certify(
     model, recipe = open_model(target, env, algo, changes, policy_kwargs, trust)
     folder = out or (target if target.is_dir() else Path("runs") / target.stem)
     statistic = "success" if success_at is not None else "quantile" if quantile is not None else "mean"
-    certificate = certify_policy(
-        model,
-        recipe,
-        parse_budgets(budgets),
-        episodes,
-        alpha=alpha,
-        method=method,
-        statistic=statistic,
-        success_at=success_at,
-        quantile=quantile,
-        return_low=return_low,
-        return_high=return_high,
-        simultaneous=not pointwise,
-        until=None if until is None else parse_until(until),
-        deterministic=not stochastic,
-        seed=seed,
-        n_workers=workers,
-        executor=make_executor(ray),
-        engine=engine,
-        chunk_size=chunk_size,
-        out=folder / "chunks" / f"certify-seed{seed}{'-stochastic' if stochastic else ''}{engine_suffix(engine)}",
-        progress_bar=True,
-    )
+    with make_executor(ray) as executor:
+        certificate = certify_policy(
+            model,
+            recipe,
+            parse_budgets(budgets),
+            episodes,
+            alpha=alpha,
+            method=method,
+            statistic=statistic,
+            success_at=success_at,
+            quantile=quantile,
+            return_low=return_low,
+            return_high=return_high,
+            simultaneous=not pointwise,
+            until=None if until is None else parse_until(until),
+            deterministic=not stochastic,
+            seed=seed,
+            n_workers=workers,
+            executor=executor,
+            engine=engine,
+            chunk_size=chunk_size,
+            out=folder / "chunks" / f"certify-seed{seed}{'-stochastic' if stochastic else ''}{engine_suffix(engine)}",
+            progress_bar=True,
+        )
     certificate.save(folder / "certificate.json")
     certificate.plot(folder / "certificate.png")
     log_certificate(folder / "tb", certificate, hparams=describe_run(target, recipe))
@@ -268,27 +269,28 @@ def attack(
         certificate = None
     kind = ("-stochastic" if stochastic else "") + engine_suffix(engine)
     name = "-".join(f"{part}" for part in (attack_name or "default", f"norm{norm}", f"threshold{threshold}", f"draws{draws}"))
-    reports = [
-        attack_policy(
-            model,
-            recipe,
-            attacker,
-            make_threat(norm, float(b), frame_units(recipe)),
-            episodes,
-            certificate=certificate,
-            return_high=return_high,
-            success_at=success_at,
-            alpha=alpha,
-            deterministic=not stochastic,
-            seed=seed,
-            n_workers=workers,
-            executor=make_executor(ray),
-            engine=engine,
-            out=folder / "chunks" / f"attack-{name}-{b:.12g}-seed{seed}{kind}",
-            progress_bar=True,
-        )
-        for b in parse_budgets(budget)
-    ]
+    with make_executor(ray) as executor:
+        reports = [
+            attack_policy(
+                model,
+                recipe,
+                attacker,
+                make_threat(norm, float(b), frame_units(recipe)),
+                episodes,
+                certificate=certificate,
+                return_high=return_high,
+                success_at=success_at,
+                alpha=alpha,
+                deterministic=not stochastic,
+                seed=seed,
+                n_workers=workers,
+                executor=executor,
+                engine=engine,
+                out=folder / "chunks" / f"attack-{name}-{b:.12g}-seed{seed}{kind}",
+                progress_bar=True,
+            )
+            for b in parse_budgets(budget)
+        ]
     save_reports(folder / "attack.json", reports)
     print(attack_table(reports))
     if certificate is not None:

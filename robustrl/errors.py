@@ -39,7 +39,7 @@ class UnsafeModelError(ValueError):
 
 
 class WorkerError(RuntimeError):
-    """Worker processes died repeatedly on the same work."""
+    """Worker processes died repeatedly on the same work, or have other libraries than this one."""
 
 
 def _refuse(name: str, value: object, allowed: str) -> ValueError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,7 +42,9 @@ Seed = Annotated[int, typer.Option(help="Root of all randomness.")]
 Workers = Annotated[int, typer.Option("--workers", help="Processes; results do not depend on it.")]
 Ray = Annotated[
     str | None,
-    typer.Option("--ray", help="Run on a Ray cluster: its address, 'auto' for a running one, 'local' to start one here."),
+    typer.Option(
+        "--ray", help="Run on a Ray cluster: its address host:port, 'auto' for the running one, 'local' to start one here."
+    ),
 ]
 Engine = Annotated[
     str,
@@ -81,8 +84,9 @@ def read_normalization(path: Path | None, trust: bool) -> Any:
 
 
 def make_executor(address: str | None) -> Any:
+    """A context: a cluster's executor, whose connection lasts over several runs, or None without an address."""
     if address is None:
-        return None
+        return nullcontext()
     from robustrl.rollouts.cluster import RayExecutor
 
     return RayExecutor(address)

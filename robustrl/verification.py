@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import platform
 import sys
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.stats import fisher_exact, ks_2samp
 
 from robustrl.certify.certificate import Certificate, EpisodeCertificate
@@ -20,8 +17,7 @@ from robustrl.envs.recipe import EnvRecipe
 from robustrl.errors import CertificateError, check_count
 from robustrl.rollouts.chunk import Job, run_chunk
 from robustrl.rollouts.collect import make_job
-from robustrl.rollouts.executor import one_thread
-from robustrl.training.run_files import LIBRARIES
+from robustrl.rollouts.executor import build, one_thread
 
 SAME_LAW_LEVEL = 1e-4
 """Failure probability of the two-sample test that replaces bit equality on another machine or build."""
@@ -175,9 +171,7 @@ def _recorded_job(certificate: EpisodeCertificate, model: Any, env: Any) -> Job:
 
 def _same_build(certificate: EpisodeCertificate, job: Job) -> bool:
     """Whether episodes must come out as recorded to the last bit."""
-    return (
-        certificate.provenance.get("versions") == versions() and certificate.provenance.get("device") == job.policy.device.type
-    )
+    return certificate.provenance.get("versions") == build() and certificate.provenance.get("device") == job.policy.device.type
 
 
 def _compare_successes(
@@ -199,14 +193,3 @@ def _compare_successes(
     if p_value < SAME_LAW_LEVEL:
         raise CertificateError(f"replaying chunks {list(chunks)} gives another rate of success (p = {p_value:.3g})")
     return Verification(certificate, chunks, bit_equal=False, p_value=p_value)
-
-
-def versions() -> dict[str, str]:
-    """What bit equality depends on: libraries, torch's CPU code path, processor family."""
-    found = {name: version(name) for name in LIBRARIES}
-    return {
-        **found,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-    }

@@ -89,7 +89,7 @@ class Normalization:
             mean, var = (np.concatenate([np.ravel(getattr(statistics[k], name)) for k in keys]) for name in ("mean", "var"))
         else:
             mean, var = statistics.mean, statistics.var
-        return cls(np.array(mean), np.array(var), float(source.epsilon), float(source.clip_obs))
+        return cls(mean, var, float(source.epsilon), float(source.clip_obs))
 
     @property
     def scale(self) -> NDArray[np.float64]:

@@ -14,6 +14,7 @@ from robustrl.envs.recipe import EnvRecipe
 from robustrl.errors import ChainError, ChunkError, WorkerError, check_count
 from robustrl.policy import PolicyView
 from robustrl.rollouts.chunk import Episodes, Job, run_chunk, run_interleaved
+from robustrl.rollouts.cluster import RayExecutor
 from robustrl.rollouts.engines import make_engine, refuse_unseeded
 from robustrl.rollouts.executor import Executor, LocalExecutor, one_thread
 from robustrl.rollouts.progress import progress_bar
@@ -126,6 +127,10 @@ def collect(
     missing = [i for i, part in enumerate(parts) if part is None]
     if store is not None and len(missing) < len(parts):
         _check_stored(job, store, parts)
+    if isinstance(executor, RayExecutor) and job.policy.device.type != "cpu":
+        raise ValueError(
+            f"a cluster's tasks compute on CPUs, but the policy is on {job.policy.device}: load the agent with device='cpu'"
+        )
     tasks = [(i, sizes[i]) for i in missing]
     width = IN_FLIGHT if in_flight is None and job.policy.device.type == "cuda" else check_count("in_flight", in_flight or 1)
     runner = executor or LocalExecutor(min(n_workers, max(1, len(missing))))
@@ -133,13 +138,17 @@ def collect(
         finished = run_interleaved(job, tasks, width)
     else:
         finished = runner.run(partial(_run, job), tasks)
-    with progress_bar(label, episodes, visible=progress) as advance:
-        advance(sum(len(part) for part in parts if part is not None))
-        for index, part in finished:
-            if store is not None:
-                store.save(missing[index], part)
-            parts[missing[index]] = part
-            advance(len(part))
+    try:
+        with progress_bar(label, episodes, visible=progress) as advance:
+            advance(sum(len(part) for part in parts if part is not None))
+            for index, part in finished:
+                if store is not None:
+                    store.save(missing[index], part)
+                parts[missing[index]] = part
+                advance(len(part))
+    finally:
+        # A traceback would keep it alive, and with it what is still running.
+        getattr(finished, "close", lambda: None)()
     done = [part for part in parts if part is not None]
     if len(done) < len(parts):
         raise WorkerError(f"{type(runner).__name__} returned only {len(done)} of {len(parts)} chunks")

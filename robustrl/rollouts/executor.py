@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol, TypeVar
 
 import joblib
@@ -21,8 +21,10 @@ Result = TypeVar("Result")
 DEATHS = 5
 """Times in a row that workers may die without any chunk finishing before the run is given up."""
 
-LIBRARIES = ("robustrl", "torch", "numpy", "scipy", "gymnasium", "stable-baselines3")
+LIBRARIES = ("robustrl", "torch", "numpy", "scipy", "gymnasium", "stable-baselines3", "mujoco")
 """What the bits of a rollout depend on."""
+OPTIONAL = ("ale-py", "opencv-python-headless", "envpool")
+"""The same, where installed."""
 
 
 class Executor(Protocol):
@@ -82,7 +84,11 @@ def one_thread() -> Iterator[None]:
 @functools.cache
 def build() -> dict[str, str]:
     """What bit equality depends on: libraries, torch's CPU code path, processor family."""
-    return {name: version(name) for name in LIBRARIES} | {
+    found = {name: version(name) for name in LIBRARIES}
+    for name in OPTIONAL:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found | {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),

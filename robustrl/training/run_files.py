@@ -14,8 +14,6 @@ from robustrl.policy import Normalization
 
 SCHEMA = 1
 NORMALIZATION = "normalization.npz"
-LIBRARIES = ("robustrl", "torch", "numpy", "scipy", "gymnasium", "stable-baselines3")
-"""What trained weights and the bits of a rollout depend on."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import copy
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from robustrl.errors import check_count
 from robustrl.files import write_atomically
 from robustrl.policy import Normalization
 from robustrl.policy.loading import algorithm_class
-from robustrl.rollouts.executor import one_thread
+from robustrl.rollouts.executor import build, one_thread
 from robustrl.rollouts.progress import progress_bar as rollout_bar
 from robustrl.training.presets import preset_for
-from robustrl.training.run_files import LIBRARIES, RunInfo
+from robustrl.training.run_files import RunInfo
 
 OFF_POLICY = ("dqn", "sac", "td3", "ddpg")
 ACTIONS: dict[str, Any] = {"dqn": spaces.Discrete, "sac": spaces.Box, "td3": spaces.Box, "ddpg": spaces.Box}
@@ -98,8 +97,7 @@ def train(
             model.learn(steps, callback=_Advance(advance))
     if normalizer is not None:
         recipe = replace(recipe, normalization=Normalization.of(normalizer))
-    versions = {name: version(name) for name in LIBRARIES}
-    RunInfo(algo, recipe.to_dict(), int(seed), steps, written, versions).save(folder)
+    RunInfo(algo, recipe.to_dict(), int(seed), steps, written, dict(build())).save(folder)
     save_model(model, folder / "model.zip")  # last: a folder with a model is complete
     venv.close()
     return model

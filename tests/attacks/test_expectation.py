@@ -83,6 +83,20 @@ def test_attacks_do_not_depend_on_the_size_of_a_block(
     torch.testing.assert_close(in_blocks, whole, rtol=0, atol=1e-3)
 
 
+@each_attack
+def test_blocks_of_whole_rows_compute_nothing_twice(
+    victim: PolicyView, attack: Attack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a gradient through a checkpoint")
+
+    monkeypatch.setattr(expectation, "BLOCK", 2 * DRAWS * FLOATS)
+    original = expectation.checkpoint
+    monkeypatch.setattr(expectation, "checkpoint", lambda *a, **k: (refuse if torch.is_grad_enabled() else original)(*a, **k))
+    x = pictures(5)
+    assert bool((cost(x, attack.perturb(x, situation(victim, x))) > 0).any())
+
+
 class _Box:
     """A tensor that a graph keeps for its gradient."""
 
@@ -138,9 +152,9 @@ def test_answers_are_those_of_every_row_under_every_draw(victim: PolicyView, mon
 
 
 @each_attack
-@pytest.mark.parametrize("pixels", [(0.0, 1.0), (0.25, 0.75)])
+@pytest.mark.parametrize("pixels", [(0.0, 1.0), (0.1, 0.7)])
 def test_attacked_pictures_stay_in_their_range(victim: PolicyView, attack: Attack, pixels: tuple[float, float]) -> None:
-    low, high = pixels
+    low, high = pixels = tuple(torch.tensor(pixels).tolist())
     x = (2 * pictures(12) - 0.5).clamp(low, high)  # many entries at the ends
     for norm, budget in ((1, 20.0), (2, 2.5), (float("inf"), 0.3)):
         delivered = attack.perturb(x, replace(context(victim, x, budget, norm=norm, pixels=pixels), noise=Gaussian(0.1)))
@@ -150,16 +164,34 @@ def test_attacked_pictures_stay_in_their_range(victim: PolicyView, attack: Attac
         assert float(delivered.max()) <= high
 
 
+class Brightness(nn.Module):
+    """Action 1 is worth the sum of the entries, action 0 `level`."""
+
+    def __init__(self, level: float) -> None:
+        super().__init__()
+        self.level = level
+
+    def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        total = observation.flatten(1).sum(1)
+        return torch.stack((torch.full_like(total, self.level), total), dim=1)
+
+
+@pytest.mark.parametrize("attack", [SmoothedPGD(draws=1, step_size=2.0), MinimalFlip(draws=1)], ids=["pgd", "flip"])
+def test_nothing_is_spent_on_a_flip_that_is_beyond_the_range(attack: Attack) -> None:
+    """32 entries at .9 can rise to 32 in all; the l2 ball alone would allow more."""
+    x = torch.full((1, 4, 8), 0.9)
+    for level, flips in ((31.0, True), (33.0, False)):
+        view = PolicyView.from_torch(Brightness(level), kind="q", observation_shape=(4, 8))
+        delivered = attack.perturb(x, context(view, x, 10.0, pixels=(0.0, 1.0)))
+        assert bool(view.scores(delivered).argmax() == 1) == flips
+        assert torch.equal(delivered, x) != flips
+
+
 @pytest.mark.parametrize("kind", [SmoothedPGD, MinimalFlip])
 def test_a_flip_of_pictures_pays_for_entries_with_room_only(kind: type[Attack]) -> None:
     """Half of the entries are at the end of their range: the least l2 norm is that of the other half."""
 
-    class Brightness(nn.Module):
-        def forward(self, observation: torch.Tensor) -> torch.Tensor:
-            level = observation.flatten(1).sum(1)
-            return torch.stack((torch.full_like(level, 20.0), level), dim=1)
-
-    view = PolicyView.from_torch(Brightness(), kind="q", observation_shape=(4, 8))
+    view = PolicyView.from_torch(Brightness(20.0), kind="q", observation_shape=(4, 8))
     x = torch.full((1, 4, 8), 0.2)
     x[0, :2] = 1.0  # 16 + 3.2: the others have to rise by 0.8 in all
     settings = {"draws": 1} | ({"step_size": 0.005} if kind is SmoothedPGD else {"bisections": 14})

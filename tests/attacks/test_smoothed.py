@@ -121,6 +121,19 @@ def test_nothing_is_spent_when_the_budget_does_not_reach_a_flip(attack: FlipAtta
 
 
 @each_attack
+@pytest.mark.parametrize(("norm", "dual"), [(1, math.inf), (math.inf, 1)])
+def test_under_other_norms_too_a_flip_is_paid_for_exactly_where_the_budget_reaches(
+    attack: FlipAttack, norm: float, dual: float
+) -> None:
+    x, attack = frames_of(200), replace(attack, draws=1)
+    least = margins(x).abs() / torch.linalg.vector_norm(WEIGHTS, dual)
+    short = (0.95 * least - 0.001).clamp_min(0.0)
+    assert torch.equal(attack.perturb(x, context(linear(), x, short, norm=norm)), x)
+    delivered = attack.perturb(x, context(linear(), x, 1.05 * least + 0.02, norm=norm))
+    assert bool((margins(delivered).sign() != margins(x).sign()).all())
+
+
+@each_attack
 def test_without_budget_frames_come_back_bit_for_bit(attack: FlipAttack) -> None:
     x = frames_of(10)
     assert attack.perturb(x, context(linear(), x, 0.0, noise=Gaussian(0.2))) is x
@@ -131,14 +144,15 @@ def test_without_budget_frames_come_back_bit_for_bit(attack: FlipAttack) -> None
 
 
 @each_attack
+@pytest.mark.parametrize("norm", [1, 2, math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_deliveries_stay_within_the_allowance_to_the_last_bit(attack: FlipAttack, dtype: torch.dtype) -> None:
+def test_deliveries_stay_within_the_allowance_to_the_last_bit(attack: FlipAttack, dtype: torch.dtype, norm: float) -> None:
     policy, x = network_balancer(16), (0.3 * frames_of(100)).to(dtype)
     budgets = torch.logspace(-4, 1, 100, dtype=torch.float64)
-    delivered = attack.perturb(x, context(policy, x, budgets, noise=Gaussian(0.2)))
+    delivered = attack.perturb(x, context(policy, x, budgets, noise=Gaussian(0.2), norm=norm))
     assert delivered.dtype == dtype
     assert delivered.shape == x.shape
-    assert bool((cost(x, delivered) <= budgets).all())
+    assert bool((cost(x, delivered, norm) <= budgets).all())
     assert bool((cost(x, delivered) > 0).any())
 
 

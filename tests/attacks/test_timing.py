@@ -10,7 +10,7 @@ import pytest
 import torch
 from toys import LinearRule, Steps
 
-from attacks.victims import actor, context, frames_of, linear, play
+from attacks.victims import actor, context, cost, frames_of, linear, play
 from robustrl.attacks import (
     Allocation,
     AttackContext,
@@ -121,9 +121,8 @@ def test_strategic_timing_attacks_where_the_gain_suffices_and_only_there() -> No
     chosen = timed.perturb(x, context(policy, x, 0.3))
     for i in range(40):
         assert torch.equal(chosen[i], delivered[i] if float(gains[i]) >= least else x[i])
-    assert torch.equal(
-        StrategicallyTimed(1.0, Spread(3)).radius(context(policy, x, 0.3)), Spread(3).radius(context(policy, x, 0.3))
-    )
+    early = context(policy, x, 0.3, steps_left=9)
+    assert torch.equal(StrategicallyTimed(1.0, Spread(3)).radius(early), Spread(3).radius(early))
     assert StrategicallyTimed(0.1, _Never()).pays(torch.ones(3)).tolist() == [False] * 3
 
 
@@ -135,6 +134,16 @@ class _Double(Allocation):
 def test_an_allocation_that_asks_for_too_much_gets_the_allowance() -> None:
     charged = spent(_Double(), ThreatModel(norm=2, step=0.2, episode=BUDGET))
     np.testing.assert_allclose(charged[:12].max(1)[:10], 0.2, rtol=1e-4)
+
+
+def test_every_episode_shares_out_its_own_remainder() -> None:
+    """Some have nothing left, and drop out of the batch."""
+    x, left = frames_of(6), torch.tensor([0.0, 0.4, 0.0, 0.8, 1.2, 0.0], dtype=torch.float64)
+    situation = context(linear(), x, left.clamp(max=0.5), steps_left=4, step=3, remaining=left)
+    for allocation, steps in ((Uniform(), 4), (Spread(5), 2)):
+        attack = GradientAttack(Margin(), allocation=allocation, random_start=False, draws=1)
+        charged = cost(x, attack.perturb(x, situation))
+        torch.testing.assert_close(charged, (left / math.sqrt(steps)).clamp(max=0.5), rtol=1e-4, atol=0)
 
 
 class _Never(Greedy):

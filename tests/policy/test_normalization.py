@@ -240,6 +240,12 @@ def test_a_damaged_pickle_is_a_value_error(content: bytes, tmp_path: Path) -> No
         Normalization.of(tmp_path / "vecnormalize.pkl", trust=True)
 
 
+def _switched_off() -> Any:
+    live = VecNormalize(DummyVecEnv([cartpole]))
+    live.norm_obs = False
+    return live
+
+
 def _partial(keys: list[str]) -> Any:
     class Two(gym.Env[Any, Any]):
         observation_space = spaces.Dict({"a": spaces.Box(-1, 1, (2,)), "b": spaces.Box(-1, 1, (1,))})
@@ -275,6 +281,7 @@ def _partial(keys: list[str]) -> Any:
         (lambda: Normalization.of({"mean": [0]}), TypeError, "^normalization must be"),
         (lambda: Normalization.of(DummyVecEnv([cartpole])), TypeError, "^normalization must be .*got DummyVecEnv"),
         (lambda: Normalization.of(VecNormalize(DummyVecEnv([cartpole]), norm_obs=False)), ValueError, "does not normalise observations"),
+        (lambda: Normalization.of(_switched_off()), ValueError, "does not normalise observations"),
         (lambda: Normalization.of(_partial(["a"])), ValueError, r"^every key must be normalised, got \['a'\] of \['a', 'b'\]"),
         (lambda: EnvRecipe(env_id="CartPole-v1", normalization="n.npz"), TypeError, "^normalization must be a robustrl Normalization"),  # type: ignore[arg-type]
         (lambda: EnvRecipe(env_id="CartPole-v1", normalization=STATISTICS, normalize="outside"), ValueError, "^normalize must be one of 'before_noise', 'after_noise'"),  # type: ignore[arg-type]

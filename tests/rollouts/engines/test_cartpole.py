@@ -55,6 +55,7 @@ def test_slicing_keeps_the_rows_that_go_on() -> None:
     running = np.array([True, False, True, True] * 3)
     engine.keep(running)
     assert np.array_equal(engine._env.state, before[:, running])
+    assert engine._env.state.flags.c_contiguous  # on some processors the last bits of a sine depend on strides
     assert engine.step(np.zeros(9, dtype=np.int64)).frames.shape == (9, 4)
     engine.keep(np.arange(9) == 8)
     assert engine.step(np.zeros(1, dtype=np.int64)).frames.shape == (1, 4)
