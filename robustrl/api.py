@@ -24,7 +24,7 @@ from robustrl.certify.returns import certify_quantile, certify_return, certify_s
 from robustrl.certify.storage import plain_data
 from robustrl.envs.bounds import known_return_bounds
 from robustrl.envs.recipe import EnvRecipe
-from robustrl.envs.units import frame_units, in_frame_units
+from robustrl.envs.units import covering_budgets, frame_units, in_frame_units
 from robustrl.errors import check_alpha, check_choice, check_count, check_real
 from robustrl.noise import Noise
 from robustrl.policy import Normalization
@@ -238,14 +238,7 @@ def attack_policy(
     settings: dict[str, Any] = {"seed": seed, "engine": engine, "deterministic": deterministic}
     job = make_job(policy, recipe, chunk_size=chunk_size, attack=attack, threat=threat, **settings)
     certified = None if certificate is None else _certified(certificate, job, threat)
-    stated = None if certificate is None else certificate.provenance.get("success_at")
-    if success_at is not None:
-        check_real("success_at", success_at, allowed="the return that counts as success")
-        if certificate is not None and stated != success_at:
-            raise ValueError(
-                f"success_at is {success_at}, but the certificate is about {'the mean return' if stated is None else stated}"
-            )
-    threshold = stated if success_at is None else success_at
+    threshold = _success_threshold(certificate, success_at)
     clean_job = make_job(policy, recipe, chunk_size=job.chunk_size, **settings)
     folders = [None, None] if out is None else [Path(out) / "clean", Path(out) / "attacked"]
     runners: dict[str, Any] = {"n_workers": n_workers, "executor": executor}
@@ -260,7 +253,7 @@ def attack_policy(
         upper = np.inf if high is None else mean_upper_bound(attacked.returns, high, alpha=alpha)
     return AttackReport(
         attack=attack.to_dict(),
-        threat=threat.to_dict(),
+        threat=replace(threat, units=frame_units(recipe)).to_dict(),
         clean=clean.returns,
         returns=attacked.returns,
         spent=attacked.spent,
@@ -300,7 +293,7 @@ def load_agent(
     if path.is_dir():
         run = RunInfo.load(path)
         algo, path = algo or run.algo, path / "model.zip"
-        env = run.env if env is None and run.self_contained else env
+        env = run.environment(trust=trust) if env is None and run.self_contained else env
     recipe = None if env is None else EnvRecipe.of(env)
     model = load_model(
         path,
@@ -322,10 +315,25 @@ def _budget_grid(recipe: EnvRecipe, budgets: Any) -> tuple[Any, dict[str, Any] |
         return budgets, None
     if not all(isinstance(t, ThreatModel) for t in threats):
         raise TypeError("budgets must be numbers or ThreatModels, got a mixture of both")
-    assert recipe.noise is not None
-    sizes = {"horizon": recipe.horizon, "n_features": int(np.prod(recipe.frame_space.shape))}
-    grid = [episode_budget(recipe.noise, in_frame_units(t, recipe, covering=True), **sizes) for t in threats]
-    return grid, {"converted_from": [t.to_dict() for t in threats], **sizes}
+    return covering_budgets(threats, recipe)
+
+
+def _success_threshold(certificate: EpisodeCertificate | None, success_at: float | None) -> float | None:
+    """The return that counts as success in an attack report; None for a report about the mean."""
+    if success_at is not None:
+        success_at = check_real("success_at", success_at, allowed="the return that counts as success")
+    if certificate is None:
+        return success_at
+    if certificate.statistic != "success":
+        if success_at is not None:
+            raise ValueError(f"success_at is {success_at}, but the certificate is about the mean return")
+        return None
+    stated = certificate.provenance.get("success_at")
+    if stated is None and success_at is None:
+        raise ValueError("success_at must be given: the certificate of success does not record which return counts as success")
+    if stated is not None and success_at not in (None, stated):
+        raise ValueError(f"success_at is {success_at}, but the certificate is about {stated}")
+    return success_at if stated is None or success_at is not None else float(stated)
 
 
 def _certified(certificate: EpisodeCertificate, job: Job, threat: ThreatModel) -> float | None:

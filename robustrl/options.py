@@ -69,7 +69,7 @@ def open_model(
         raise FileNotFoundError(f"no run directory or model file {target}")
     base: Any = env
     if target.is_dir() and env is None:
-        base = RunInfo.load(target).env
+        base = RunInfo.load(target).environment(trust=trust)
     if base is None:
         raise ValueError("a plain model file needs --env (and --sigma or --noise)")
     recipe = EnvRecipe.of(base, **changes)

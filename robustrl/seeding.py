@@ -44,8 +44,26 @@ def integer_seed(sequence: np.random.SeedSequence) -> int:
 
 
 def slot_seeds(sequence: np.random.SeedSequence, n_slots: int) -> NDArray[np.uint32]:
-    """One `reset(seed=)` per slot; shape (n_slots,)."""
-    return sequence.generate_state(n_slots).astype(np.uint32)
+    """One `reset(seed=)` per slot; shape (n_slots,). See `distinct_seeds`."""
+    return distinct_seeds(sequence, n_slots)
+
+
+def distinct_seeds(sequence: np.random.SeedSequence, n: int) -> NDArray[np.uint32]:
+    """`n` seeds of 32 bits for a chunk's stream, different from each other and from those of its other chunks.
+
+    Random 32-bit seeds would meet: among a million episodes about a hundred pairs would share one. These count up from a
+    random number of the root and stream, and cannot meet up to 2^20 chunks of 4096 slots.
+
+    Args:
+        sequence: of a chunk's stream, with the spawn key (chunk, stream).
+        n: how many; more than 4096 are random.
+    """
+    if n > 4096 or len(sequence.spawn_key) < 2:
+        return sequence.generate_state(n).astype(np.uint32)
+    chunk, *stream = sequence.spawn_key
+    first = np.random.SeedSequence(sequence.entropy, spawn_key=tuple(stream)).generate_state(1).astype(np.uint64)[0]
+    numbers: NDArray[np.uint64] = first + np.uint64(chunk) + (np.arange(n, dtype=np.uint64) << np.uint64(20))
+    return (numbers % np.uint64(2**32)).astype(np.uint32)
 
 
 def numpy_generator(seed: int | np.random.SeedSequence | None) -> np.random.Generator:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +13,12 @@ from robustrl.certify.certificate import Certificate, EpisodeCertificate
 from robustrl.certify.storage import plain_data
 from robustrl.envs.bounds import known_return_bounds
 from robustrl.envs.recipe import EnvRecipe
+from robustrl.envs.units import covering_budgets, frame_units
 from robustrl.errors import CertificateError, check_count
 from robustrl.rollouts.chunk import Job, run_chunk
 from robustrl.rollouts.collect import make_job
 from robustrl.rollouts.executor import build, one_thread
+from robustrl.threat import ThreatModel
 
 SAME_LAW_LEVEL = 1e-4
 """Failure probability of the two-sample test that replaces bit equality on another machine or build."""
@@ -80,6 +81,8 @@ def verify_certificate(
     found = certificate if isinstance(certificate, Certificate) else Certificate.load(certificate)
     found.verify()
     _check_return_low(found)
+    if isinstance(found, EpisodeCertificate):
+        _check_units(found, env)
     if model is None:
         return Verification(found)
     if not isinstance(found, EpisodeCertificate):
@@ -128,12 +131,62 @@ def _check_return_low(certificate: Certificate) -> None:
 
 
 def _stated_recipe(stated: Any) -> EnvRecipe:
-    """The recipe in a certificate, whose author may be anybody: it must not make this process import a module."""
-    env_id = stated.get("env_id") if isinstance(stated, dict) else None
-    module, _, _ = env_id.rpartition(":") if isinstance(env_id, str) else ("", "", "")
-    if module and module not in sys.modules:
-        raise ValueError(f"its id {env_id!r} names a module that is not imported here")
+    """The recipe in a certificate, whose author may be anybody."""
+    if not isinstance(stated, dict):
+        raise ValueError(f"not an environment recipe: {stated!r}")
     return EnvRecipe.from_dict(stated)
+
+
+def _recipe_of(stated: Any, env: Any) -> EnvRecipe:
+    """The certified environment: rebuilt from the certificate, or the caller's after a comparison."""
+    if env is None:
+        try:
+            return _stated_recipe(stated)
+        except (TypeError, ValueError) as error:
+            raise CertificateError(
+                f"the certificate's environment cannot be rebuilt from the file alone, pass env=: {error}"
+            ) from None
+    recipe = EnvRecipe.of(env)
+    described = plain_data("recipe", recipe.to_dict())
+    if not isinstance(stated, dict) or described != stated:
+        differs = sorted(k for k in described if not isinstance(stated, dict) or stated.get(k) != described[k])
+        raise CertificateError(f"env is not the certified environment: different {', '.join(differs)}")
+    return recipe
+
+
+def _check_units(certificate: EpisodeCertificate, env: Any) -> None:
+    """What the budgets mean must follow from the recipe: their units, and the threat models that they are said to cover."""
+    recorded, threat = certificate.provenance, certificate.threat
+    if "recipe" not in recorded:
+        return
+    try:
+        recipe = _recipe_of(recorded["recipe"], env)
+        units: str = frame_units(recipe)
+    except (CertificateError, TypeError, ValueError) as error:
+        if (
+            env is not None
+            or recorded.get("units", "raw") != "raw"
+            or (threat or {}).get("in_frame_units") != (threat or {}).get("converted_from")
+        ):
+            raise CertificateError(
+                f"what the budgets mean cannot be recomputed without the environment, pass env=: {error}"
+            ) from None
+        return
+    if recorded.get("units", units) != units:
+        raise CertificateError(
+            f"its units are said to be {recorded['units']!r}, but the frames of {recipe.label} are {units!r}"
+        )
+    if threat is None or "converted_from" not in threat:
+        return
+    try:
+        budgets, stated = covering_budgets([ThreatModel.from_dict(item) for item in threat["converted_from"]], recipe)
+    except (TypeError, ValueError) as error:
+        raise CertificateError(f"field 'threat' cannot be converted into budgets: {error}") from None
+    known = {key: value for key, value in plain_data("threat", stated).items() if key in threat}
+    if known != threat or not np.allclose(budgets, certificate.budgets, rtol=1e-12, atol=0):
+        raise CertificateError(
+            f"field 'threat' stands for the budgets {budgets} in {recipe.label}, not for {certificate.budgets}"
+        )
 
 
 def _recorded_job(certificate: EpisodeCertificate, model: Any, env: Any) -> Job:
@@ -145,28 +198,20 @@ def _recorded_job(certificate: EpisodeCertificate, model: Any, env: Any) -> Job:
         raise CertificateError(
             f"the certificate does not record how its episodes were made (no {error}); it cannot be replayed"
         ) from None
-    if env is None:
-        try:
-            recipe = _stated_recipe(stated)
-        except (TypeError, ValueError) as error:
-            raise CertificateError(
-                f"the certificate's environment cannot be rebuilt from the file alone, pass env=: {error}"
-            ) from None
-    else:
-        recipe = EnvRecipe.of(env)
-        described = plain_data("recipe", recipe.to_dict())
-        if not isinstance(stated, dict) or described != stated:
-            differs = sorted(k for k in described if not isinstance(stated, dict) or stated.get(k) != described[k])
-            raise CertificateError(f"env is not the certified environment: different {', '.join(differs)}")
+    recipe = _recipe_of(stated, env)
     if recipe.noise != certificate.noise:
         raise CertificateError(f"the certificate is for {certificate.noise}, but its recipe uses {recipe.noise}")
     policy = recipe.view(model)
     if policy.fingerprint() != policy_hash:
         raise CertificateError("the model is not the certified one: its weights have another hash")
     try:
-        return make_job(policy, recipe, **settings)
+        job = make_job(policy, recipe, **settings)
     except (TypeError, ValueError) as error:
         raise CertificateError(f"the certificate's record of its episodes cannot be replayed: {error}") from None
+    # Bytecode is comparable within a build only.
+    if _same_build(certificate, job) and recorded.get("code", job.describe()["code"]) != job.describe()["code"]:
+        raise CertificateError("env is not the certified environment: its factory or wrappers have other code")
+    return job
 
 
 def _same_build(certificate: EpisodeCertificate, job: Job) -> bool:

@@ -337,7 +337,8 @@ class EpisodeCertificate(Certificate):
 
         assert self.threat is not None
         try:
-            threats = [ThreatModel.from_dict(item) for item in self.threat["converted_from"]]
+            stated = self.threat.get("in_frame_units", self.threat["converted_from"])
+            threats = [ThreatModel.from_dict(item) for item in stated]
             sizes = {name: self.threat[name] for name in ("horizon", "n_features")}
             budgets = np.array([episode_budget(self.noise, item, **sizes) for item in threats])
         except (KeyError, TypeError, ValueError) as error:

@@ -54,7 +54,7 @@ def known_return_bounds(recipe: EnvRecipe) -> tuple[float | None, float | None]:
 
 def _rounded_up(total: float, terms: float) -> float:
     """`total` and more than all the rounding of adding it up: float32 factors in the terms, 2^-53 for every addition."""
-    return total * (1 + 1e-8 + terms * 2.0**-52)
+    return total * (1 + 1e-7 + terms * 2.0**-52)
 
 
 def _atari(game: str | None, one_round: bool) -> tuple[float | None, float | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,6 +18,7 @@ from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
 from robustrl.envs.chain import check_chain, check_order, find_horizon
+from robustrl.envs.core import NoiseCore
 from robustrl.envs.joint import joint_box
 from robustrl.envs.single import NoiseObservation, RewardProbe
 from robustrl.errors import ChainError, check_choice, check_count
@@ -163,6 +165,8 @@ class EnvRecipe:
         try:
             if isinstance(native.observation_space, spaces.Dict):
                 joint_box(native.observation_space)  # refuses entries that are no Box
+                if self.noise is not None:
+                    NoiseCore(self.noise, native.observation_space)  # and those of integers
                 env = gym.wrappers.FlattenObservation(native)
             layers = check_order(env if self.noise is None else NoiseObservation(env, self.noise))
             horizon = find_horizon(layers)
@@ -242,6 +246,16 @@ class EnvRecipe:
             ValueError: if model and environment do not fit.
         """
         after = self.normalization if self.normalize == "after_noise" else None
+        if (
+            after is not None
+            and self.frame_stack > 1
+            and self.stack_padding == "zero"
+            and after.mean.shape == self.frame_space.shape
+        ):
+            raise ValueError(
+                "stack_padding must be 'reset' with a normalisation of frames after the noise: padding with normalised zeros cannot "
+                "be told from the padding with zeros that the agent was trained on"
+            )
         policy = PolicyView.of(model, n_frames=self.frame_stack, frame_space=self.frame_space, normalization=self.normalization)
         return policy if after is None else policy.after(after)
 
@@ -259,13 +273,23 @@ class EnvRecipe:
         } | ({} if self.normalization is None else {"normalization": self.normalization.to_dict(), "normalize": self.normalize})
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> EnvRecipe:
+    def from_dict(cls, data: Mapping[str, Any], *, trust: bool = False) -> EnvRecipe:
         """Inverse of `to_dict`, for recipes without factory and wrappers.
 
+        Args:
+            data: plain data, whose author may be anybody.
+            trust: import the module that a `module:id` names; without it, only modules that are imported already will do.
         Raises:
-            ValueError: if fields are missing or unknown, or the recipe named a factory or wrappers.
+            ValueError: if fields are missing or unknown, the recipe named a factory or wrappers, or a module is not imported.
         """
         fields = dict(data)
+        env_id = fields.get("env_id")
+        module, _, _ = env_id.rpartition(":") if isinstance(env_id, str) else ("", "", "")
+        if module and not trust and module not in sys.modules:
+            raise ValueError(
+                f"its id {env_id!r} names a module that is not imported here, and importing runs its code: pass the environment "
+                "again (--env), or --trust (trust=True) for a file of your own"
+            )
         if fields.pop("factory", None) is not None or fields.get("wrappers"):
             raise ValueError("this recipe used a factory or wrappers, which files cannot hold: pass the environment again")
         fields["wrappers"] = ()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from robustrl.certify.returns import episode_budget
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.threat import ThreatModel, Units
 
@@ -26,7 +30,7 @@ def in_frame_units(threat: ThreatModel, recipe: EnvRecipe, *, covering: bool = F
 
     Args:
         threat: in any units.
-        recipe: where it acts.
+        recipe: where it acts. A threat in normalised units where the normalisation is outside the noise is meant before its clip.
         covering: allow a larger threat where there is no equal one: budgets in other units than a normalisation's, whose
             features have different sizes.
     Raises:
@@ -54,6 +58,24 @@ def in_frame_units(threat: ThreatModel, recipe: EnvRecipe, *, covering: bool = F
             f"budget in units {units!r}"
         )
     return _scaled(threat, factor)
+
+
+def covering_budgets(threats: Sequence[ThreatModel], recipe: EnvRecipe) -> tuple[list[float], dict[str, Any]]:
+    """Episode budgets of the recipe's noise that cover threat models in any units, and how they came about, as plain data.
+
+    Raises:
+        ValueError: if a threat has no such budget here.
+    """
+    if recipe.noise is None:
+        raise ValueError("a recipe without noise has no certified budgets")
+    here = [in_frame_units(threat, recipe, covering=True) for threat in threats]
+    sizes = {"horizon": recipe.horizon, "n_features": math.prod(recipe.frame_space.shape)}
+    stated = {
+        "converted_from": [threat.to_dict() for threat in threats],
+        "in_frame_units": [t.to_dict() for t in here],
+        **sizes,
+    }
+    return [episode_budget(recipe.noise, threat, **sizes) for threat in here], stated
 
 
 def _scaled(threat: ThreatModel, factor: float) -> ThreatModel:

@@ -47,6 +47,8 @@ class Normalization:
         object.__setattr__(self, "var", var)
         object.__setattr__(self, "epsilon", check_positive("epsilon", self.epsilon))
         object.__setattr__(self, "clip", check_positive("clip", self.clip))
+        if self.clip > float(np.finfo(np.float32).max):
+            raise ValueError(f"clip must be at most {float(np.finfo(np.float32).max):g}, got {self.clip}")
 
     @classmethod
     def of(cls, source: Any, *, trust: bool = False) -> Normalization:

@@ -201,6 +201,9 @@ class _SquashedHead(nn.Module):
         super().__init__()
         self.mean, self.log_std, self.limits = mean, log_std, (low, high)
 
+    def extra_repr(self) -> str:
+        return f"limits={self.limits}"
+
     def forward(self, latent: Tensor) -> Tensor:
         return torch.cat((self.mean(latent), self.log_std(latent).clamp(*self.limits)), dim=-1)
 

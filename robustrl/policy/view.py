@@ -391,6 +391,8 @@ class PolicyView(nn.Module):
         digest = hashlib.sha256(repr(rule + self.rule.parameters()).encode())
         for name, module in self.actor.named_modules():
             digest.update(f"{name}{type(module).__name__}{getattr(module, 'preprocessing', '')}".encode())
+            if type(module) not in (nn.Linear, nn.Flatten):  # whose weights' shapes say it all
+                digest.update(module.extra_repr().encode())
         for name, tensor in sorted(self.actor.state_dict().items()):
             array = tensor.detach().cpu().numpy()
             digest.update(f"{name}{array.dtype}{array.shape}".encode())

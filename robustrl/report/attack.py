@@ -48,13 +48,19 @@ class AttackReport:
     def __post_init__(self) -> None:
         if self.certified is not None and self.upper < self.certified:
             raise CertificateViolationError(
-                f"the attack {self.attack['kind']} with budget {self.budget:g} got the {self.statistic} down to {self.mean:.6g} "
+                f"the attack {self.name} with budget {self.budget:g} got the {self.statistic} down to {self.mean:.6g} "
                 f"(upper confidence bound {self.upper:.6g}), below the certified {self.certified:.6g}: the certificate, the attack's "
                 "accounting or the environment's wrapper order is wrong"
             )
 
     def __repr__(self) -> str:
-        return f"<AttackReport: {self.attack['kind']}, budget {self.budget:g}, {self.clean_mean:.4g} -> {self.mean:.4g}, n = {len(self.returns)}>"
+        return f"<AttackReport: {self.name}, budget {self.budget:g}, {self.clean_mean:.4g} -> {self.mean:.4g}, n = {len(self.returns)}>"
+
+    @property
+    def name(self) -> str:
+        """The attack's name in tables and figures: its class, or the objective that a general attack pursues."""
+        objective = self.attack.get("objective")
+        return str(objective["kind"] if isinstance(objective, dict) and "kind" in objective else self.attack["kind"])
 
     @property
     def budget(self) -> float:
@@ -124,13 +130,13 @@ def attack_table(reports: list[AttackReport]) -> str:
     """A plain-text table, one row per report."""
     lines = [f"{reports[0].statistic}"] if reports and reports[0].success_at is not None else []
     lines.append(
-        f"{'attack':<14}{'budget':>8}{'episodes':>10}{'clean':>10}{'attacked':>10}{'upper':>10}{'certified':>11}{'spent':>8}"
+        f"{'attack':<16}{'budget':>8}{'episodes':>10}{'clean':>10}{'attacked':>10}{'upper':>10}{'certified':>11}{'spent':>8}"
     )
     for r in reports:
         digits = 2 if r.success_at is None else 4
         certified = "-" if r.certified is None else f"{r.certified:.{digits}f}"
         lines.append(
-            f"{r.attack['kind']:<14}{r.budget:>8g}{len(r.returns):>10}{r.clean_mean:>10.{digits}f}{r.mean:>10.{digits}f}"
+            f"{r.name:<16}{r.budget:>8g}{len(r.returns):>10}{r.clean_mean:>10.{digits}f}{r.mean:>10.{digits}f}"
             f"{r.upper:>10.{digits}f}{certified:>11}{r.spent.mean():>8.3f}"
         )
     level = 100 * (1 - reports[0].alpha) if reports else 95

@@ -44,7 +44,7 @@ def certificate_figure(
         budgets = sorted(strongest)
         means = np.array([strongest[b].mean for b in budgets])
         upper = np.array([strongest[b].upper for b in budgets])
-        names = " / ".join(sorted({strongest[b].attack["kind"] for b in budgets}))
+        names = " / ".join(sorted({strongest[b].name for b in budgets}))
         clean = strongest[budgets[0]].clean_mean
         line = ax.plot([0, *budgets], [clean, *means], "s-", color="tab:red", label=f"best attack ({names})")[0]
         if np.isfinite(upper).all():

@@ -17,12 +17,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from numpy.typing import NDArray
 
 from robustrl.attacks.base import Attack, AttackContext
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.policy import INFERENCE_BATCH, PolicyView, push_frame, start_stack
 from robustrl.rollouts.engines import make_engine
+from robustrl.rollouts.executor import one_thread
 from robustrl.rollouts.identity import identity
 from robustrl.rollouts.streams import NoiseStreams
 from robustrl.seeding import chunk_seeds, torch_generator
@@ -143,12 +145,14 @@ def run_interleaved(job: Job, tasks: Sequence[tuple[int, int]], width: int) -> I
             running.append((index, stream, _play(job, chunk, n)))
         for turn in list(running):
             index, stream, playing = turn
-            with nullcontext() if stream is None else torch.cuda.stream(stream):
+            with one_thread(), nullcontext() if stream is None else torch.cuda.stream(stream):
                 try:
                     next(playing)
+                    continue
                 except StopIteration as end:
-                    running.remove(turn)
-                    yield index, end.value
+                    finished = end.value
+            running.remove(turn)
+            yield index, finished
 
 
 def _play(job: Job, chunk: int, n: int) -> Generator[None, None, Episodes]:
@@ -178,7 +182,7 @@ def _play(job: Job, chunk: int, n: int) -> Generator[None, None, Episodes]:
                 draws = policy.draw(n, policy_generator)[torch.from_numpy(slots).to(device)]
             actions, memory = policy.decide(stack, memory, batch=batch, deterministic=job.deterministic, draws=draws)
             yield
-            step = engine.step(policy.received(actions))
+            step = engine.step(_inside(policy.received(actions), recipe))
             returns[slots] += step.rewards
             lengths[slots] += 1
             frames = _received(step.frames, recipe, device)
@@ -227,7 +231,7 @@ class _Attacker:
         context = AttackContext(
             policy=self.victim,
             noise=recipe.noise,
-            clean_stack=self.clean_stack,
+            clean_stack=self.clean_stack.clone(),
             seen_stack=start_stack(frames, recipe.frame_stack, recipe.stack_padding)
             if stack is None
             else push_frame(stack, frames),
@@ -240,12 +244,14 @@ class _Attacker:
             step=self.steps,
             steps_left=recipe.horizon - self.steps,
             remaining=torch.from_numpy(self.ledger.remaining[slots]).to(frames.device),
-            memory=memory,
+            memory=None if memory is None else memory.clone(),
             pixels=self.pixels,
         )
         self.steps += 1
-        delivered = self.attack.perturb(frames, context)
-        self.ledger.charge(frames.cpu().numpy(), delivered.cpu().numpy(), slots)
+        # Copies: an attack that writes into what it is shown must not change what it is charged for.
+        clean = frames.cpu().numpy().copy()
+        delivered = self.attack.perturb(frames.clone(), context)
+        self.ledger.charge(clean, delivered.cpu().numpy(), slots)
         return delivered
 
     def keep(self, running: torch.Tensor) -> None:
@@ -281,9 +287,16 @@ def _noise_block(job: Job, n: int) -> int:
 
 
 def _received(observations: NDArray[Any], recipe: EnvRecipe, device: torch.device) -> torch.Tensor:
-    if not np.isfinite(observations).all():
+    frames = recipe.frames(observations)
+    if not np.isfinite(observations).all() or not np.isfinite(frames).all():
         raise ValueError(f"{recipe.label} returned observations that are NaN or inf")
-    return torch.from_numpy(recipe.frames(observations)).to(device)
+    return torch.from_numpy(frames).to(device)
+
+
+def _inside(actions: NDArray[Any], recipe: EnvRecipe) -> NDArray[Any]:
+    """Actions inside the environment's own space, whose bounds the policy may know to a few digits only."""
+    space = recipe.action_space
+    return np.clip(actions, space.low, space.high) if isinstance(space, spaces.Box) else actions
 
 
 def _observe(stack: torch.Tensor | None, frames: torch.Tensor, recipe: EnvRecipe) -> torch.Tensor:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robustrl.noise import Noise
-from robustrl.seeding import torch_generator
+from robustrl.seeding import distinct_seeds, torch_generator
 
 
 class NoiseStreams:
@@ -26,12 +26,11 @@ class NoiseStreams:
     def __init__(self, noise: Noise, seed: np.random.SeedSequence, n: int, block: int, device: torch.device) -> None:
         self._noise, self._block = noise, block
         self._starts = range(0, n, block)
-        seeds = (
-            [seed]
-            if block >= n
-            else [np.random.SeedSequence(seed.entropy, spawn_key=(*seed.spawn_key, start)) for start in self._starts]
-        )
-        self._generators = [torch_generator(one, device) for one in seeds]
+        if block >= n:
+            self._generators = [torch_generator(seed, device)]
+        else:  # torch's CPU generator takes 32 bits of a seed: these are distinct in them
+            seeds = distinct_seeds(seed, len(self._starts))
+            self._generators = [torch.Generator(device).manual_seed(int(one)) for one in seeds]
         self._everyone: Tensor | None = None
         self._n = n
 

@@ -73,12 +73,19 @@ class RunInfo:
 
     @property
     def env(self) -> EnvRecipe:
+        """The environment it was trained in; see `environment`."""
+        return self.environment()
+
+    def environment(self, *, trust: bool = False) -> EnvRecipe:
         """The environment it was trained in.
 
+        Args:
+            trust: import the module that its id names, if it names one.
         Raises:
-            ValueError: if it used a factory or wrappers, which `run.json` can name but not hold, or its id is not registered.
+            ValueError: if it used a factory or wrappers, which `run.json` can name but not hold, its id is not registered, or
+                names a module that is not imported.
         """
-        return EnvRecipe.from_dict(self.recipe)
+        return EnvRecipe.from_dict(self.recipe, trust=trust)
 
     @property
     def self_contained(self) -> bool:

@@ -102,12 +102,9 @@ class AleVectorEngine:
             game.send(action)
         screens, rewards, terminated, _, _ = zip(*(game.recv() for game in self._games), strict=True)
         self._steps += 1
-        earned, finished = (
-            np.concatenate(rewards).astype(np.float64),
-            np.concatenate(terminated) | (self._steps == self._horizon),
-        )
+        earned = np.concatenate(rewards).astype(np.float64)
+        finished = np.concatenate(terminated) | (self._steps == self._horizon)
         if self._settings["one_round"]:
-            earned = np.sign(earned)
             finished |= earned != 0
         return Step(_pixels(screens), earned, finished)
 

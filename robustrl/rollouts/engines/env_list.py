@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import gymnasium as gym
@@ -52,7 +53,12 @@ def _kind(recipe: EnvRecipe) -> str | None:
         return None
     spec = find_spec(recipe.env_id)
     known = isinstance(spec.entry_point, str) and spec.entry_point.startswith(REUSABLE) and not spec.additional_wrappers
-    return repr((spec.id, spec.entry_point, spec.kwargs, sorted(recipe.env_kwargs.items()), recipe.horizon)) if known else None
+    if not known:
+        return None
+    try:
+        return json.dumps([spec.id, spec.entry_point, spec.kwargs, dict(recipe.env_kwargs), recipe.horizon], sort_keys=True)
+    except TypeError:  # an argument that has no exact text
+        return None
 
 
 class EnvList:
