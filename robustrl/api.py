@@ -318,6 +318,16 @@ def _budget_grid(recipe: EnvRecipe, budgets: Any) -> tuple[Any, dict[str, Any] |
     return covering_budgets(threats, recipe)
 
 
+def _difference(certified: Any, attacked: Any) -> str:
+    """What differs, where that fits into a sentence."""
+    if isinstance(certified, dict) and isinstance(attacked, dict):
+        keys = sorted(
+            key for key in {*certified, *attacked} if certified.get(key) != attacked.get(key) and key != "normalization"
+        )
+        return "".join(f" ({key}: {certified.get(key)} certified, {attacked.get(key)} attacked)" for key in keys[:3])
+    return f" ({certified} certified, {attacked} attacked)" if isinstance(certified, bool) else ""
+
+
 def _success_threshold(certificate: EpisodeCertificate | None, success_at: float | None) -> float | None:
     """The return that counts as success in an attack report; None for a report about the mean."""
     if success_at is not None:
@@ -345,6 +355,9 @@ def _certified(certificate: EpisodeCertificate, job: Job, threat: ThreatModel) -
     described = plain_data("description of the job", job.describe())  # as the certificate holds it
     for name in ("policy_hash", "recipe", "code", "deterministic"):
         if name in recorded and recorded[name] != described[name]:
-            raise ValueError(f"the certificate is for another agent or environment: its {name} differs")
+            raise ValueError(
+                f"the certificate is for another agent or environment: its {name} differs{_difference(recorded[name], described[name])}; "
+                "give the attack the certificate's settings, or another certificate (--out)"
+            )
     n_features = int(np.prod(job.recipe.frame_space.shape))
     return certificate.value_at(episode_budget(certificate.noise, threat, horizon=job.recipe.horizon, n_features=n_features))

@@ -135,7 +135,9 @@ def certify(
     normalization: NormalizationFile = None,
     max_episode_steps: Horizon = None,
     episodes: Annotated[int, typer.Option(help="Number of episodes, fixed beforehand.")] = 10_000,
-    budgets: Annotated[str, typer.Option(help="LOW:HIGH:COUNT, or numbers separated by commas.")] = "0:1:11",
+    budgets: Annotated[
+        str, typer.Option("--budgets", "--budget", help="LOW:HIGH:COUNT, or numbers separated by commas.")
+    ] = "0:1:11",
     alpha: Alpha = 0.05,
     method: Annotated[str, typer.Option(help="hybrid, paper, dkw, band or betting.")] = "hybrid",
     success_at: Annotated[float | None, typer.Option(help="Certify the probability of a return of at least this.")] = None,
@@ -207,7 +209,11 @@ def attack(
     target: Target,
     budget: Annotated[
         str,
-        typer.Option(help="Episode budget(s) (radius per step for norm inf), LOW:HIGH:COUNT or numbers separated by commas."),
+        typer.Option(
+            "--budget",
+            "--budgets",
+            help="Episode budget(s) (radius per step for norm inf), LOW:HIGH:COUNT or numbers separated by commas.",
+        ),
     ] = "0.6",
     attack_name: Annotated[
         str | None,

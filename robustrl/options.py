@@ -65,6 +65,8 @@ def open_model(
     from robustrl.envs.recipe import EnvRecipe
     from robustrl.training.run_files import RunInfo
 
+    if not target.exists() and target.with_suffix(".zip").exists():
+        target = target.with_suffix(".zip")  # SB3 leaves the suffix out too
     if not target.exists():
         raise FileNotFoundError(f"no run directory or model file {target}")
     base: Any = env

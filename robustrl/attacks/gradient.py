@@ -10,7 +10,7 @@ from torch import Tensor
 from robustrl.attacks.base import Attack, AttackContext
 from robustrl.attacks.expectation import check_threat, rows_per_block, samples
 from robustrl.attacks.geometry import ascent, deliver, moved, per_row, project, random_direction, unblocked
-from robustrl.attacks.objectives import Objective
+from robustrl.attacks.objectives import ActionDeviation, Objective
 from robustrl.attacks.timing import Allocation, Uniform, check_allocation
 from robustrl.errors import check_count, check_positive
 from robustrl.noise import Noise
@@ -27,7 +27,7 @@ class GradientAttack(Attack):
     attacker than the true frame, nothing is spent.
 
     Args:
-        objective: what to increase.
+        objective: what to increase; default the largest change of the action.
         allocation: when to spend an episode's budget.
         steps: gradient steps.
         step_size: length of a step in the threat's norm, observation units; default 2.5 * radius / steps.
@@ -39,7 +39,7 @@ class GradientAttack(Attack):
     arXiv:1707.07397.
     """
 
-    objective: Objective
+    objective: Objective = field(default_factory=ActionDeviation)
     _: KW_ONLY
     allocation: Allocation = field(default_factory=Uniform)
     steps: int = 10

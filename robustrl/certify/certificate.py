@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import textwrap
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -383,9 +384,10 @@ class EpisodeCertificate(Certificate):
         scope = "simultaneous" if self.simultaneous else "pointwise"
         ax.plot(self.budgets[shown], self.values[shown], "o-", label=f"certified ({self.confidence}, {scope}, n = {self.n})")
         ax.plot(self.budgets[shown], self.plug_in[shown], "--", color="grey", label="plug-in (estimate)")
-        ax.set_xlabel(f"episode budget (l{self.noise.norm:g})")
-        ax.set_ylabel(self.estimand)
-        ax.set_title(self.noise.scale)
+        units = {"normalized": ", normalised units", "unit01": ", pixels in [0, 1]"}.get(str(self.provenance.get("units")), "")
+        ax.set_xlabel(f"episode budget (l{self.noise.norm:g}{units})")
+        ax.set_ylabel("\n".join(textwrap.wrap(self.estimand, 40)))
+        ax.set_title(", ".join(filter(None, (self.provenance.get("env"), self.noise.scale))))
         ax.legend()
 
     def plot(self, path: str | os.PathLike[str]) -> None:

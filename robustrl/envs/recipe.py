@@ -354,7 +354,8 @@ def find_spec(env_id: str) -> EnvSpec:
             importlib.import_module(module)  # gym.make does so, gym.spec does not
         return gym.spec(name)
     except (gym.error.Error, ImportError) as error:
-        raise ValueError(f"unknown environment id {env_id!r}: {error}") from None
+        hint = "" if module else " An environment of your own: module:Id imports its module first."
+        raise ValueError(f"unknown environment id {env_id!r}: {error}{hint}") from None
 
 
 def make_vec_env(

@@ -410,7 +410,7 @@ def _frame_shape(observation: tuple[int, ...], n_frames: int, frame: tuple[int, 
                 for k in range(1, 65)
                 if holds_frames(observation, frame, k)
             ),
-            "",
+            "; is it the right environment?",
         )
         raise ValueError(
             f"the policy takes observations of shape {observation}, which {n_frames} frame(s) of shape {frame} do not make{hint}"

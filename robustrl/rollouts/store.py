@@ -33,6 +33,10 @@ DAMAGE = (
 """What reading a file with flipped or missing bytes can end in."""
 
 
+WORDS = {"policy_hash": "model", "recipe": "environment, noise or horizon", "code": "code of the environment"}
+"""What users call the fields of a manifest."""
+
+
 class ChunkStore:
     """The chunks of one job in a folder: `manifest.json` and `chunk-<number>-<episodes>.npz`.
 
@@ -59,7 +63,8 @@ class ChunkStore:
             if fingerprint != description["fingerprint"] or found.get("schema") != SCHEMA:
                 differs = sorted(k for k in description if k != "fingerprint" and _text(found.get(k)) != _text(description[k]))
                 raise ChunkError(
-                    f"{self.folder} holds chunks of another experiment (different {', '.join(differs)}); choose another folder (--out)"
+                    f"{self.folder} holds chunks of another experiment (different {', '.join(WORDS.get(k, k) for k in differs)}); "
+                    "choose another folder (--out)"
                 )
             return
         write_atomically(manifest, json.dumps(description, indent=1, default=str).encode())

@@ -163,7 +163,7 @@ def test_an_episode_waits_as_long_as_gymnasiums(noop_max: int, monkeypatch: pyte
         (atari(game="pong", terminal_on_life_loss=True), "for terminal_on_life_loss=False only"),
         (atari(game="breakout", one_round=True), "as a sum"),
     ],
-    ids=str,
+    ids=[f"case{i}" for i in range(11)],
 )
 def test_what_ale_cannot_play_alike_is_refused(recipe: EnvRecipe, reason: str) -> None:
     with pytest.raises(ValueError, match=f"engine='ale' is not available for .*{reason}.*; use 'list'"):
