@@ -63,7 +63,6 @@ _UNFIT = (
     EOFError,
     OSError,
     MemoryError,
-    OverflowError,
     struct.error,
 )
 """What building a network from contradictory text, or reading a damaged weights file, can end in."""

@@ -201,7 +201,7 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda: continuous_view().act_blocked(torch.zeros(3, 1, 4), batch=2, deterministic=False, draws=torch.zeros(2, 6)), ValueError, r"^draws must have 3 rows, got shape \(2, 6\)"),
     (lambda: continuous_view(samples=False).act_blocked(torch.zeros(1, 1, 4), batch=2, deterministic=False, draws=torch.zeros(1, 6)), ValueError, "^deterministic must be True"),
     (lambda: continuous_view(n_frames=True), TypeError, "^n_frames must be"),
-    (lambda: continuous_view(frame_shape=(3,)), ValueError, r"which 1 frame\(s\) of shape \(3,\) do not make$"),
+    (lambda: continuous_view(frame_shape=(3,)), ValueError, r"which 1 frame\(s\) of shape \(3,\) do not make; is it the right environment\?"),
     (lambda: continuous_view(frame_shape=(2,)), ValueError, r"does it stack 2 frames\? \(frame_stack=2, --frame-stack 2\)"),
     (lambda: continuous_view().act_blocked(torch.zeros(1, 1, 4), batch=0), ValueError, "^batch must be"),
     (lambda: continuous_view().act_blocked(torch.zeros(1, 1, 4), batch=2.0), TypeError, "^batch must be"),  # type: ignore[arg-type]
