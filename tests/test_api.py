@@ -331,7 +331,7 @@ def test_an_attack_is_compared_with_a_certificate_of_success_on_its_own_terms() 
     assert report.certified == certificate.value_at(0.3)
     assert "probability of a return of at least 40" in report.table()
     assert AttackReport.from_dict(report.to_dict()).to_dict() == report.to_dict()
-    with pytest.raises(ValueError, match="success_at is 39, but the certificate is about 40"):
+    with pytest.raises(ValueError, match=r"success_at is 39.*, but the certificate is about 40"):
         attacked(certificate=certificate, success_at=39)
 
 
@@ -520,7 +520,7 @@ def test_a_factory_must_be_given_again_and_must_be_the_same() -> None:
     with pytest.raises(CertificateError, match="env is not the certified environment: different max_episode_steps"):
         verify_certificate(found, balancer(), env=replace(env, max_episode_steps=21))
     other = EnvRecipe(factory=lambda: Steps(rate=0.3, flat=True), max_episode_steps=20, noise=NOISE)
-    with pytest.raises(CertificateError, match="other returns"):
+    with pytest.raises(CertificateError, match="its factory or wrappers have other code"):
         verify_certificate(found, balancer(), env=other, replay=3)
 
 

@@ -208,7 +208,7 @@ def test_another_sigma_in_the_same_folder_is_refused(robustrl: Run, plain_zip: P
     assert robustrl("certify", plain_zip, *where, "--sigma", 0.3, *CERTIFY).status == 0
     done = robustrl("certify", plain_zip, *where, "--sigma", 0.4, *CERTIFY)
     assert done.status == 2
-    assert "holds chunks of another experiment (different recipe); choose another folder" in done.err
+    assert "holds chunks of another experiment (different environment, noise or horizon); choose another folder" in done.err
 
 
 # ------------------------------------------------------------------------------------------------------ bad input

@@ -177,15 +177,16 @@ def check_order(env: Any, *, off_policy: bool = False) -> list[Layer]:
         )
     first = min(index["attack"], default=noise - 1)
     for layer in layers[first:noise]:
-        dtype = layer.space.dtype
+        parts = layer.space.values() if isinstance(layer.space, gym.spaces.Dict) else (layer.space,)
+        odd = [part.dtype for part in parts if part.dtype is None or not np.issubdtype(part.dtype, np.floating)]
         if layer.role != "attack" and index["attack"] and layer.changes_observations:
             raise ChainError(
                 f"{layer.name} computes new observations between the attack and the noise in {text}: the attack's "
                 "budget would not be the one that reaches the noise; put it inside the attack or outside the noise"
             )
-        if dtype is None or not np.issubdtype(dtype, np.floating):
+        if odd:
             raise ChainError(
-                f"{layer.name} has an integer observation space ({dtype}) between the attack and the noise in {text}: "
+                f"{layer.name} has an integer observation space ({odd[0]}) between the attack and the noise in {text}: "
                 "rounding there can enlarge an attack without limit; convert to float before the attack point"
             )
     return layers
@@ -203,9 +204,7 @@ def check_replay(env: Any) -> None:
     """
     layers = layers_of(env)
     index = _index(layers)
-    normalizers = [
-        i for i in index["normalize"] if hasattr(layers[i].env, "get_original_obs") and layers[i].changes_observations
-    ]
+    normalizers = [i for i in index["normalize"] if hasattr(layers[i].env, "get_original_obs")]  # those of rewards too
     for i in normalizers:
         outside = [layers[j].name for j in index["noise"] + index["attack"] + index["frame_stack"] if j > i]
         if outside:

@@ -256,7 +256,9 @@ class EnvRecipe:
                 "stack_padding must be 'reset' with a normalisation of frames after the noise: padding with normalised zeros cannot "
                 "be told from the padding with zeros that the agent was trained on"
             )
-        policy = PolicyView.of(model, n_frames=self.frame_stack, frame_space=self.frame_space, normalization=self.normalization)
+        # A dictionary's images have their layout in the native space alone.
+        space = self.native_space if isinstance(self.native_space, spaces.Dict) else self.frame_space
+        policy = PolicyView.of(model, n_frames=self.frame_stack, frame_space=space, normalization=self.normalization)
         return policy if after is None else policy.after(after)
 
     def to_dict(self) -> dict[str, Any]:
@@ -326,9 +328,11 @@ def _with_outer_layers(env: Any) -> EnvRecipe:
         match type(layer).__name__:
             case "VecMonitor" | "VecTransposeImage":  # the view transposes images as the model needs them
                 pass
+            case "VecNormalize" if not layer.norm_obs:  # rewards alone
+                pass
             case "VecNormalize" if recipe.normalization is None:
-                if layer.norm_obs:  # a copy of the statistics as they are now: a certificate's do not change any more
-                    recipe = replace(recipe, normalization=Normalization.of(layer), normalize="after_noise")
+                # A copy of the statistics as they are now: a certificate's do not change any more.
+                recipe = replace(recipe, normalization=Normalization.of(layer), normalize="after_noise")
             case name:
                 extra.append(name)
         layer = layer.venv
