@@ -138,7 +138,10 @@ def test_no_pickle_in_a_chunk_is_loaded(tmp_path: Path, job: Job) -> None:
         ({"seed": 1}, "seed"),
         ({"chunk_size": 11, "deterministic": False}, "chunk_size, deterministic"),
         ({"policy": balancer(gain=3.0)}, "model"),
-        ({"recipe": EnvRecipe(env_id="CartPole-v1", noise=Gaussian(0.3), max_episode_steps=50)}, "environment, noise or horizon"),
+        (
+            {"recipe": EnvRecipe(env_id="CartPole-v1", noise=Gaussian(0.3), max_episode_steps=50)},
+            "environment, noise or horizon",
+        ),
         ({"engine": "list"}, "engine"),
     ],
 )
