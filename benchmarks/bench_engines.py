@@ -123,10 +123,9 @@ def main() -> None:
             )
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        command = " ".join(["python benchmarks/bench_engines.py", *arguments.ids, f"--rounds {arguments.rounds}"])
         libraries = {name: version(name) for name in ("gymnasium", "mujoco", "envpool", "ale-py")}
-        arguments.out.write_text(
-            json.dumps({"command": "python benchmarks/bench_engines.py", "libraries": libraries, "results": results}, indent=1)
-        )
+        arguments.out.write_text(json.dumps({"command": command, "libraries": libraries, "results": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ be thrown backwards at any speed), so its mean cannot be certified; a threshold 
 
 from one_policy import Settings, run
 
-from robustrl.attacks import ActionDeviation, GradientAttack, Greedy, LowValue, Spread
+from robustrl.attacks import ActionDeviation, GradientAttack, LowValue, Spread
 
 SETTINGS = Settings(
     policy="hopper-ppo-sigma0.1",
@@ -19,7 +19,6 @@ SETTINGS = Settings(
     attacks=(
         GradientAttack(ActionDeviation(), allocation=Spread(100)),
         GradientAttack(LowValue(), allocation=Spread(100)),
-        GradientAttack(ActionDeviation(), allocation=Greedy()),
     ),
     attack_budgets=(0.2, 0.5, 1.0, 2.0),
     attack_episodes=100,

@@ -13,15 +13,15 @@ from robustrl.attacks import ActionDeviation, GradientAttack, Greedy, LowValue, 
 SETTINGS = Settings(
     policy="inverted-pendulum-ppo-sigma0.5",
     budgets=(0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5),
-    episodes=2_000,
+    episodes=1_000,
     success_at=None,
     attacks=(
         GradientAttack(ActionDeviation(), allocation=Greedy()),
         GradientAttack(ActionDeviation(), allocation=Spread(30)),
         GradientAttack(LowValue(), allocation=Spread(30)),
     ),
-    attack_budgets=(1.0, 3.0, 6.0, 10.0),
-    attack_episodes=100,
+    attack_budgets=(1.0, 5.0, 10.0),
+    attack_episodes=48,
 )
 
 if __name__ == "__main__":

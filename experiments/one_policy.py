@@ -32,6 +32,7 @@ class Settings:
         attacks: attackers; every one at every attacked budget.
         attack_budgets: attacked budgets.
         attack_episodes: episodes per attack and budget.
+        deterministic: greedy actions, or sampled ones.
         alpha: failure probability of the certificate, and of every row of the attack table on its own.
         seed: of the certified episodes; the attacked ones use the next.
     """
@@ -43,6 +44,7 @@ class Settings:
     attacks: tuple[Attack, ...]
     attack_budgets: tuple[float, ...]
     attack_episodes: int
+    deterministic: bool = True
     alpha: float = 0.05
     seed: int = 2023
 
@@ -96,6 +98,7 @@ def certify(
         alpha=settings.alpha,
         statistic="mean" if settings.success_at is None else "success",
         success_at=settings.success_at,
+        deterministic=settings.deterministic,
         seed=settings.seed,
         n_workers=workers,
         out=cache / "certify",
@@ -129,6 +132,7 @@ def attack(
                 settings.attack_episodes,
                 certificate=certificate,
                 alpha=settings.alpha,
+                deterministic=settings.deterministic,
                 seed=settings.seed + 1,
                 n_workers=workers,
                 out=cache / f"attack-{number}-{budget:g}",
