@@ -7,6 +7,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.wrappers import OrderEnforcing, TimeLimit
 from numpy.typing import NDArray
 
 from robustrl.envs.recipe import EnvRecipe, find_spec
@@ -61,6 +62,13 @@ def _kind(recipe: EnvRecipe) -> str | None:
         return None
 
 
+def _within_limit(env: gym.Env[Any, Any]) -> tuple[gym.Env[Any, Any], int | None]:
+    """The environment inside what `gym.make` puts around it, and the limit to count instead: a tenth of a cheap step."""
+    if type(env) is TimeLimit and type(env.env) is OrderEnforcing:
+        return env.env.env, env._max_episode_steps
+    return env, None
+
+
 class EnvList:
     """A plain list of environments: works for every environment, and stepping stops where an episode ends."""
 
@@ -89,6 +97,8 @@ class EnvList:
             raise ValueError(
                 f"the factory {self._recipe.label} returned the same environment twice; it must make a new one per call"
             )
+        self._inner = [_within_limit(env) for env in self._envs]
+        self._steps = 0
         seeds = slot_seeds(seed, n)
         self._running = list(range(n))
         first = [np.asarray(self._envs[i].reset(seed=int(seeds[i]))[0]) for i in self._running]
@@ -106,13 +116,15 @@ class EnvList:
         return self._probes[-1]
 
     def step(self, actions: NDArray[Any]) -> Step:
-        envs, probes, n = self._envs, self._probes, len(self._running)
+        envs, probes, n = self._inner, self._probes, len(self._running)
+        self._steps += 1
         frames = np.empty((n, *self._shape), self._dtype)
         rewards, finished = np.empty(n), np.empty(n, dtype=np.bool_)
         for row, slot in enumerate(self._running):
-            frames[row], reward, terminated, truncated, _ = envs[slot].step(actions[row])
+            env, limit = envs[slot]
+            frames[row], reward, terminated, truncated, _ = env.step(actions[row])
             rewards[row] = probes[slot].take() if probes else reward
-            finished[row] = terminated or truncated
+            finished[row] = terminated or truncated or self._steps == limit
         return Step(frames, rewards, finished)
 
     def keep(self, running: NDArray[np.bool_]) -> None:
