@@ -32,7 +32,7 @@ from robustrl.rollouts.executor import one_thread
 from robustrl.training.run_files import RunInfo
 
 ZOO = {"hopper": "zoo/hopper-ppo-sigma0.1", "pong": "zoo/pong-one-round-ppo-sigma0.05"}
-EPISODES, CHUNK = {"hopper": 64, "pong": 256}, {"hopper": 32, "pong": 64}
+EPISODES, CHUNK = {"hopper": 128, "pong": 256}, {"hopper": 64, "pong": 64}
 
 Recording = dict[int, list[Any]]
 

@@ -2,9 +2,7 @@
 
     python experiments/pong_one_round.py [--workers 2]
 
-PPO on four stacked pictures, trained for 100,000 decisions only: a weak player, whose win rate is in the results (sampling its
-actions; greedily it never won in 600 rounds). Trained and
-certified under Gaussian noise of sigma 0.05 in [0, 1] pixel units (12.75 grey levels), added to every picture before the
+PPO on four stacked pictures, trained for 100,000 decisions only: a weak player, whose win rate is in the results (sampling its actions). Trained and certified under Gaussian noise of sigma 0.05 in [0, 1] pixel units (12.75 grey levels), added to every picture before the
 stack; budgets are l2 norms over a whole round in the same units. Writes
 `experiments/results/pong-one-round-ppo-sigma0.05/`.
 """

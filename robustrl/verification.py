@@ -163,11 +163,9 @@ def _check_units(certificate: EpisodeCertificate, env: Any) -> None:
         recipe = _recipe_of(recorded["recipe"], env)
         units: str = frame_units(recipe)
     except (CertificateError, TypeError, ValueError) as error:
-        if (
-            env is not None
-            or recorded.get("units", "raw") != "raw"
-            or (threat or {}).get("in_frame_units") != (threat or {}).get("converted_from")
-        ):
+        stated = threat or {}
+        plain = recorded.get("units", "raw") == "raw" and stated.get("in_frame_units") == stated.get("converted_from")
+        if env is not None or not plain:
             raise CertificateError(
                 f"what the budgets mean cannot be recomputed without the environment, pass env=: {error}"
             ) from None

@@ -495,6 +495,18 @@ def test_frames_keep_shape_and_dtype_and_are_not_written_to(noise: Noise, librar
 
 @both_libraries
 @each_mechanism
+def test_with_a_generator_per_frame_each_frame_draws_as_if_it_were_alone(noise: Noise, library: str) -> None:
+    def generator(seed: int) -> Any:
+        return np.random.default_rng(seed) if library == "numpy" else torch.Generator().manual_seed(seed)
+
+    x: Any = np.full((3, 20, 3), 0.3) if library == "numpy" else torch.full((3, 20, 3), 0.3)
+    together = np.asarray(noise.perturb(x, [generator(seed) for seed in (4, 5, 4)]))
+    alone = [np.asarray(noise.perturb(x[:1], generator(seed)))[0] for seed in (4, 5, 4)]
+    assert_array_equal(together, alone)
+
+
+@both_libraries
+@each_mechanism
 def test_draws_repeat_under_a_seed_advance_the_generator_and_take_no_rows_at_all(noise: Noise, library: str) -> None:
     first, again = (np.asarray(_draw(noise, library, shape=(50, 3))) for _ in range(2))
     assert_array_equal(first, again)
@@ -682,6 +694,9 @@ def test_per_feature_sigma_refuses_frames_of_another_width() -> None:
         (np.zeros((2, 3)), None, TypeError, "generator must be"),
         (torch.zeros(2, 3), np.random.default_rng(0), TypeError, "generator must be"),
         (torch.zeros(2, 3), None, TypeError, "generator must be"),
+        (torch.zeros(2, 3), [torch.Generator(), None], TypeError, "generator must be of the frames' library"),
+        (torch.zeros(2, 3), [torch.Generator()], ValueError, "a list of one per frame; got 1 for 2 frames"),
+        (np.zeros((2, 3)), [np.random.default_rng(0)] * 3, ValueError, "a list of one per frame; got 3 for 2 frames"),
     ],
 )
 def test_frames_that_cannot_carry_noise_are_refused(

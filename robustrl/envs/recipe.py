@@ -400,8 +400,6 @@ def make_vec_env(
     from stable_baselines3.common.monitor import Monitor
     from stable_baselines3.common.vec_env import DummyVecEnv
 
-    from robustrl.envs import sb3
-
     recipe = EnvRecipe.of(
         env_id,
         noise=noise,
@@ -418,6 +416,21 @@ def make_vec_env(
         raise TypeError(f"{recipe.label}: Stable-Baselines3 cannot act in {recipe.action_space}")
     venv: Any = (vec_env_cls or DummyVecEnv)([lambda: recipe.base_env(inner=Monitor, flat=False)] * n_envs)
     inspectable = isinstance(venv, DummyVecEnv)  # others ran the recipe's own check above, on an environment in this process
+    venv = wrap_vec_env(venv, recipe)
+    if seed is not None:
+        venv.seed(seed)
+        venv.action_space.seed(seed)
+    if inspectable:
+        check_chain(venv)
+    venv.recipe = recipe
+    venv.recipe_env = venv
+    return venv
+
+
+def wrap_vec_env(venv: Any, recipe: EnvRecipe) -> Any:
+    """An SB3 vector environment inside the recipe's normalisation, noise and frame stack, in the order of the proof."""
+    from robustrl.envs import sb3
+
     places = {} if recipe.normalization is None else {recipe.normalize: recipe.normalization}
     if "before_noise" in places:
         venv = sb3.NormalizeObservation(venv, places["before_noise"])
@@ -427,11 +440,4 @@ def make_vec_env(
         venv = sb3.NormalizeObservation(venv, places["after_noise"])
     if recipe.frame_stack > 1:
         venv = sb3.FrameStack(venv, recipe.frame_stack, recipe.stack_padding)
-    if seed is not None:
-        venv.seed(seed)
-        venv.action_space.seed(seed)
-    if inspectable:
-        check_chain(venv)
-    venv.recipe = recipe
-    venv.recipe_env = venv
     return venv

@@ -20,7 +20,8 @@ Frames = TypeVar("Frames", NDArray[Any], "torch.Tensor")
 """A batch of frames, shape (n, *frame), as a numpy array or a torch tensor of a floating dtype."""
 
 Generator = Any
-"""A `numpy.random.Generator` for numpy frames, a `torch.Generator` on the frames' device for tensors."""
+"""A `numpy.random.Generator` for numpy frames, a `torch.Generator` on the frames' device for tensors; or a list of them, one
+per frame of the batch, which then draws as if it were alone."""
 
 
 class Noise(ABC):
@@ -37,7 +38,7 @@ class Noise(ABC):
 
         Args:
             x: frames, shape (n, *frame), floating dtype; numpy array or torch tensor.
-            generator: `numpy.random.Generator` or `torch.Generator`, matching `x`; advanced.
+            generator: `numpy.random.Generator` or `torch.Generator`, matching `x`, or a list of one per frame; advanced.
         Returns:
             same type, shape, dtype and device as `x`. The sum is formed in the precision of the draws and rounded once.
         Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,17 @@ def check_frames(x: Any, generator: Any) -> None:
     if x.ndim < 2:
         raise ValueError(f"noise needs a batch of frames (n, *frame), got shape {tuple(x.shape)}")
     if isinstance(x, np.ndarray):
-        fits = isinstance(generator, np.random.Generator)
+        kind: type = np.random.Generator
     else:
         import torch
 
-        fits = isinstance(generator, torch.Generator)
-    if not fits:
-        raise TypeError(f"generator must be of the frames' library ({type(x).__module__}), got {type(generator).__name__}")
+        kind = torch.Generator
+    one_per_row = isinstance(generator, list)
+    for one in generator if one_per_row else (generator,):
+        if not isinstance(one, kind):
+            raise TypeError(f"generator must be of the frames' library ({type(x).__module__}), got {type(one).__name__}")
+    if one_per_row and len(generator) != len(x):
+        raise ValueError(f"generator must be one, or a list of one per frame; got {len(generator)} for {len(x)} frames")
 
 
 def namespace(x: Any) -> Any:
@@ -48,10 +53,11 @@ def like(value: Any, x: Any) -> Any:
 def standard_normal(x: Any, generator: Any) -> Any:
     """N(0, 1) in double precision for arrays, in at least single precision for tensors (doubles are slow on many GPUs)."""
     if isinstance(x, np.ndarray):
-        return generator.standard_normal(x.shape)
+        return _filled(np.empty(x.shape), generator, lambda out, one: one.standard_normal(out=out))
     import torch
 
-    return torch.randn(x.shape, generator=generator, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    drawn = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    return _filled(drawn, generator, lambda out, one: out.normal_(generator=one))
 
 
 def uniform(x: Any, generator: Any) -> Any:
@@ -61,11 +67,21 @@ def uniform(x: Any, generator: Any) -> Any:
     and an attacker could step across its points, in many entries, for next to nothing.
     """
     if isinstance(x, np.ndarray):
-        return generator.random(x.shape)
+        return _filled(np.empty(x.shape), generator, lambda out, one: one.random(out=out))
     import torch
 
     wide = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no doubles
-    return torch.rand(x.shape, generator=generator, dtype=wide, device=x.device)
+    return _filled(x.new_empty(x.shape, dtype=wide), generator, lambda out, one: out.uniform_(generator=one))
+
+
+def _filled(drawn: Any, generator: Any, fill: Callable[[Any, Any], Any]) -> Any:
+    """`drawn`, filled by one generator, or row by row by one each."""
+    if isinstance(generator, list):
+        for row, one in zip(drawn, generator, strict=True):
+            fill(row, one)
+    else:
+        fill(drawn, generator)
+    return drawn
 
 
 def rounded(y: Any, x: Frames) -> Frames:

@@ -218,10 +218,8 @@ class _Attacker:
         self.ledger = Ledger(job.threat, n)
         self.generator = torch_generator(seed, device)
         self.attackable = torch.from_numpy(job.threat.attackable(job.policy.frame_shape).astype(np.float32)).to(device)
-        self.norm, self.clean_stack, self.steps = job.threat.norm, None, 0
-        self.pixels = pixel_range(job.recipe)
-
-    clean_stack: torch.Tensor | None
+        self.norm, self.pixels, self.steps = job.threat.norm, pixel_range(job.recipe), 0
+        self.clean_stack: torch.Tensor | None = None
 
     def deliver(
         self, frames: torch.Tensor, stack: torch.Tensor | None, memory: torch.Tensor | None, slots: NDArray[np.int64]

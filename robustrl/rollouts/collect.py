@@ -132,7 +132,9 @@ def collect(
             f"a cluster's tasks compute on CPUs, but the policy is on {job.policy.device}: load the agent with device='cpu'"
         )
     tasks = [(i, sizes[i]) for i in missing]
-    width = IN_FLIGHT if in_flight is None and job.policy.device.type == "cuda" else check_count("in_flight", in_flight or 1)
+    width = IN_FLIGHT if job.policy.device.type == "cuda" else 1
+    if in_flight is not None:
+        width = check_count("in_flight", in_flight)
     runner = executor or LocalExecutor(min(n_workers, max(1, len(missing))))
     if executor is None and n_workers == 1 and width > 1:
         finished = run_interleaved(job, tasks, width)

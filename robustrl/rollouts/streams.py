@@ -37,13 +37,15 @@ class NoiseStreams:
     def __call__(self, frames: Tensor, slots: NDArray[np.int64]) -> Tensor:
         """Noisy copies of the frames (m, *frame) of the running `slots` (m,), in increasing order."""
         if self._block == 1:
-            return torch.cat([self._noise.perturb(frames[i : i + 1], self._generators[slot]) for i, slot in enumerate(slots)])
+            return self._noise.perturb(frames, [self._generators[slot] for slot in slots])
         if slots.size == self._n and len(self._generators) == 1:
             return self._noise.perturb(frames, self._generators[0])
         if self._everyone is None:
             self._everyone = frames.new_zeros(self._n, *frames.shape[1:])
         rows = torch.from_numpy(slots).to(frames.device)
-        self._everyone[rows] = frames
+        self._everyone.index_copy_(0, rows, frames)
+        if len(self._generators) == 1:
+            return self._noise.perturb(self._everyone, self._generators[0]).index_select(0, rows)
         seen = torch.empty_like(frames)
         first = np.searchsorted(slots, [*self._starts, self._n])
         for start, generator, a, b in zip(self._starts, self._generators, first, first[1:], strict=False):

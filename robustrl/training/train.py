@@ -13,7 +13,7 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 
 from robustrl.envs.chain import check_replay
-from robustrl.envs.recipe import EnvRecipe, make_vec_env
+from robustrl.envs.recipe import EnvRecipe, make_vec_env, wrap_vec_env
 from robustrl.errors import check_count
 from robustrl.files import write_atomically
 from robustrl.policy import Normalization
@@ -120,14 +120,8 @@ def _training_env(recipe: EnvRecipe, n_envs: int, seed: int, learns: bool) -> tu
         return make_vec_env(recipe, n_envs, seed=seed), None
     from stable_baselines3.common.vec_env import VecNormalize
 
-    from robustrl.envs import sb3
-
     normalizer = VecNormalize(make_vec_env(replace(recipe, noise=None, frame_stack=1), n_envs, seed=seed))
-    venv: Any = normalizer
-    if recipe.noise is not None:
-        venv = sb3.NoiseObservation(venv, recipe.noise)
-    if recipe.frame_stack > 1:
-        venv = sb3.FrameStack(venv, recipe.frame_stack, recipe.stack_padding)
+    venv = wrap_vec_env(normalizer, recipe)
     venv.seed(seed)
     return venv, normalizer
 

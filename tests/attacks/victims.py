@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
 from torch import nn
-from toys import LinearRule
+from toys import LinearRule, Threshold
 
 from robustrl.attacks import Attack, AttackContext
 from robustrl.attacks.geometry import row_norms
@@ -135,20 +134,10 @@ def play(
     return np.array(charged)
 
 
-class Push(gym.Env[Any, Any]):
-    """The observation is always 0; after `length` steps the return is whether the last action, a number, is positive."""
+class Push(Threshold):
+    """A `Threshold` whose action is a number: the return is whether the last one is positive."""
 
-    observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
-    action_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        self.t = 0  # nothing here is random: no generator to seed
-        return np.zeros(1, dtype=np.float32), {}
+    action_space: Any = spaces.Box(-np.inf, np.inf, (1,), np.float32)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        self.t += 1
-        ended = self.t == self.length
-        return np.zeros(1, dtype=np.float32), float(ended and action[0] > 0), ended, False, {}
+        return super().step(action[0] > 0)

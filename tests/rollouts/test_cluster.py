@@ -57,7 +57,7 @@ def cluster() -> Iterator[Cluster]:
         two.shutdown()
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
-                if any("/tmp/ray/" in part for part in process.cmdline()):
+                if any(part.startswith("ray::") or os.path.dirname(ray.__file__) in part for part in process.cmdline()):
                     process.kill()
 
 

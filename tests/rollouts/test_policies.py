@@ -167,8 +167,9 @@ def test_results_do_not_depend_on_how_many_chunks_are_in_flight() -> None:
     recipe = EnvRecipe(env_id="CartPole-v1", max_episode_steps=30, noise=Gaussian(0.2))
     job = make_job(recipe.view(DISCRETE["ppo"]("CartPole-v1")), recipe, chunk_size=10)
     assert same(collect(job, 45), collect(job, 45, in_flight=3))
-    with pytest.raises(ValueError, match="in_flight must be"):
-        collect(job, 10, in_flight=-1)
+    for wrong in (-1, 0):
+        with pytest.raises(ValueError, match="in_flight must be"):
+            collect(job, 10, in_flight=wrong)
 
 
 def test_a_broken_environment_among_chunks_in_turns_is_reported() -> None:
