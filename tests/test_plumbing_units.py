@@ -26,6 +26,7 @@ from robustrl.errors import BudgetExceededError, CertificateError, ChainError
 from robustrl.policy import Normalization, PolicyView
 from robustrl.rollouts.chunk import run_chunk
 from robustrl.rollouts.collect import make_job
+from robustrl.rollouts.streams import NoiseStreams
 from robustrl.seeding import chunk_seeds, distinct_seeds
 
 TIGHT = Normalization(np.zeros(4), np.full(4, 0.01), epsilon=1e-12)
@@ -33,8 +34,8 @@ NORMALIZED = EnvRecipe(env_id="CartPole-v1", max_episode_steps=30, noise=rrl.Gau
 RAW = replace(NORMALIZED, normalization=None)
 
 
-def certified(recipe: EnvRecipe, budgets: Any) -> EpisodeCertificate:
-    return rrl.certify_policy(balancer(), recipe, budgets, 40)
+def certified(recipe: EnvRecipe, budgets: Any, **options: Any) -> EpisodeCertificate:
+    return rrl.certify_policy(balancer(), recipe, budgets, 40, **options)
 
 
 # ------------------------------------------------------------------------------------------ what the budgets mean
@@ -70,6 +71,23 @@ def test_a_threat_whose_horizon_was_edited_is_found() -> None:
     forged = {"converted_from": [worse], "in_frame_units": [worse], "horizon": 1, "n_features": 4}
     with pytest.raises(CertificateError, match="field 'threat'"):
         rrl.verify_certificate(replace(certificate, threat=forged))
+
+
+def test_a_threat_whose_converted_form_was_edited_is_found() -> None:
+    """The budgets still follow from what the caller asked for; what that is said to mean does not."""
+    certificate = certified(NORMALIZED, rrl.ThreatModel(2, episode=0.02, units="raw"))
+    forged = json.loads(json.dumps(certificate.threat))
+    forged["in_frame_units"][0]["episode"] = 2.0
+    with pytest.raises(CertificateError, match="field 'threat'"):
+        rrl.verify_certificate(replace(certificate, threat=forged))
+
+
+def test_units_that_only_the_environment_tells_need_the_environment() -> None:
+    wrapped = replace(NORMALIZED, wrappers=(gym.Wrapper,))
+    certificate = certified(wrapped, rrl.ThreatModel(2, episode=0.02, units="raw"), return_low=0.0)
+    with pytest.raises(CertificateError, match="pass env="):
+        rrl.verify_certificate(certificate)
+    rrl.verify_certificate(certificate, env=wrapped)
 
 
 def test_reports_state_the_units_of_their_budget() -> None:
@@ -134,6 +152,15 @@ def test_no_two_episodes_or_noise_streams_share_a_seed_of_32_bits() -> None:
         assert len(np.unique(seeds)) == len(seeds)
     first = distinct_seeds(chunk_seeds(0, 0).environment, 64)
     assert not np.intersect1d(first, distinct_seeds(chunk_seeds(1, 0).environment, 64)).size
+    assert not np.intersect1d(first, distinct_seeds(chunk_seeds(0, 0).noise, 64)).size
+
+
+def test_every_picture_gets_its_noise_from_a_generator_with_a_seed_of_its_own() -> None:
+    seed, cpu = chunk_seeds(0, 3).noise, torch.device("cpu")
+    frames = torch.zeros(5, 90, 90)
+    seen = NoiseStreams(rrl.Gaussian(1.0), seed, 5, 1, cpu)(frames, np.arange(5))
+    for own, picture in zip(distinct_seeds(seed, 5), seen, strict=True):
+        assert torch.equal(picture, torch.randn(90, 90, generator=torch.Generator().manual_seed(int(own))))
 
 
 def test_actions_stay_inside_the_environments_own_space() -> None:

@@ -12,11 +12,12 @@ import torch
 from gymnasium import spaces
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
+from torch import nn
 
 from robustrl.attacks import ActionDeviation, GradientAttack, MinimalFlip, SmoothedPGD
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.noise import Gaussian
-from robustrl.policy import Normalization
+from robustrl.policy import Normalization, PolicyView
 from robustrl.rollouts.chunk import Episodes, run_chunk, run_interleaved
 from robustrl.rollouts.collect import collect, make_job
 from robustrl.seeding import chunk_seeds, slot_seeds
@@ -161,6 +162,24 @@ def test_chunks_in_turns_are_the_chunks_one_by_one(width: int) -> None:
     found = dict(run_interleaved(job, tasks, width))
     assert sorted(found) == [0, 1, 2, 3, 4]
     assert all(same(found[i], run_chunk(job, *task)) for i, task in enumerate(tasks))
+
+
+def test_chunks_in_turns_compute_on_one_thread() -> None:
+    class Counting(nn.Module):
+        def forward(self, observation: torch.Tensor) -> torch.Tensor:
+            threads.append(torch.get_num_threads())
+            return observation[:, :2]
+
+    recipe = EnvRecipe(env_id="CartPole-v1", max_episode_steps=5)
+    before, threads = torch.get_num_threads(), list[int]()
+    torch.set_num_threads(2)
+    try:
+        view = PolicyView.from_torch(Counting(), kind="q", observation_shape=(4,))
+        threads.clear()
+        list(run_interleaved(make_job(view, recipe, chunk_size=2), [(0, 2), (1, 2)], 2))
+    finally:
+        torch.set_num_threads(before)
+    assert set(threads) == {1}
 
 
 def test_results_do_not_depend_on_how_many_chunks_are_in_flight() -> None:

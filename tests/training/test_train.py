@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +202,12 @@ def test_a_progress_bar_needs_no_library_that_we_do_not_install(
     monkeypatch.setitem(sys.modules, "tqdm.rich", None)
     train("CartPole-v1", tmp_path / "run", timesteps=64, hyperparameters={"n_steps": 4, "batch_size": 64}, progress_bar=True)
     assert "64/64" in capsys.readouterr().out
+
+
+def test_a_normalisation_that_is_learned_is_inside_noise_and_frame_stack(tmp_path: Path) -> None:
+    model = quick(tmp_path / "run", env=replace(RECIPE, frame_stack=2), normalize=True)
+    layers, layer = [], model.get_env()
+    while hasattr(layer, "venv"):
+        layers.append(type(layer).__name__)
+        layer = layer.venv
+    assert layers == ["FrameStack", "NoiseObservation", "VecNormalize"]
