@@ -51,9 +51,17 @@ def test_the_readme_example_runs_with_fewer_steps(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "certificate.png").exists()
 
 
-def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["own_agent.py", "--timesteps", "2048", "--episodes", "100", "--attacked", "4", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", words)
-    runpy.run_path(str(ROOT / "examples" / "own_agent.py"), run_name="__main__")
+@pytest.mark.parametrize(
+    ("script", "words", "written"),
+    [
+        ("own_agent.py", "--timesteps 2048 --episodes 100 --attacked 4", "certificate-0.1.json"),
+        ("continuous_agent.py", "--episodes 4 --attacked 1 --workers 1", "certificate.json"),
+    ],
+)
+def test_the_examples_run(
+    script: str, words: str, written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script, *words.split(), "--out", str(tmp_path)])
+    runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
     assert "certified" in capsys.readouterr().out
-    assert (tmp_path / "certificate-0.1.json").exists()
+    assert (tmp_path / written).exists()
