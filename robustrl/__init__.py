@@ -10,8 +10,12 @@ from robustrl.registration import register_envs
 if TYPE_CHECKING:
     from robustrl import agents, attacks, certify, envs, policy, rollouts
     from robustrl.api import attack_policy, certify_policy, load_agent
-    from robustrl.certify.certificate import Certificate, EpisodeCertificate
+    from robustrl.certify.certificate import Certificate
+    from robustrl.certify.classify import radius_from_counts
+    from robustrl.certify.episode import EpisodeCertificate
+    from robustrl.certify.radius import RadiusCertificate
     from robustrl.certify.returns import certify_quantile, certify_return, certify_success, episode_budget, plug_in_return
+    from robustrl.certify.sampling import Smoothed, Tally
     from robustrl.envs.atari import make_atari_env
     from robustrl.envs.bounds import known_return_bounds
     from robustrl.envs.chain import check_chain
@@ -32,8 +36,12 @@ register_envs()
 # Public names and where they live. Loaded on first use (PEP 562), so that `import robustrl` is quick.
 _HOMES = {
     "robustrl.api": ("attack_policy", "certify_policy", "load_agent"),
-    "robustrl.certify.certificate": ("Certificate", "EpisodeCertificate"),
+    "robustrl.certify.certificate": ("Certificate",),
+    "robustrl.certify.classify": ("radius_from_counts",),
+    "robustrl.certify.episode": ("EpisodeCertificate",),
+    "robustrl.certify.radius": ("RadiusCertificate",),
     "robustrl.certify.returns": ("certify_quantile", "certify_return", "certify_success", "episode_budget", "plug_in_return"),
+    "robustrl.certify.sampling": ("Smoothed", "Tally"),
     "robustrl.envs.atari": ("make_atari_env",),
     "robustrl.envs.bounds": ("known_return_bounds",),
     "robustrl.envs.chain": ("check_chain",),
@@ -59,9 +67,9 @@ _NAMES = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Ablation", "AttackReport", "Certificate", "EnvRecipe", "EpisodeCertificate", "Gaussian", "Laplace", "Ledger", "Noise", "Normalization",
-    "Splitting", "ThreatModel", "Uniform", "Verification", "add_noise", "agents", "attack_policy", "attacks",
+    "RadiusCertificate", "Smoothed", "Splitting", "Tally", "ThreatModel", "Uniform", "Verification", "add_noise", "agents", "attack_policy", "attacks",
     "certify", "certify_policy", "certify_quantile", "certify_return", "certify_success", "check_chain", "envs", "episode_budget",
-    "known_return_bounds", "load_agent", "make_atari_env", "make_vec_env", "plug_in_return", "policy", "presets", "rollouts", "train",
+    "known_return_bounds", "load_agent", "make_atari_env", "make_vec_env", "plug_in_return", "policy", "presets", "radius_from_counts", "rollouts", "train",
     "verify_certificate",
 ]  # fmt: skip
 

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from robustrl.attacks.base import Attack
-from robustrl.certify.certificate import EpisodeCertificate
 from robustrl.certify.confidence import clopper_pearson_upper
+from robustrl.certify.episode import EpisodeCertificate
 from robustrl.certify.returns import certify_quantile, certify_return, certify_success, episode_budget, mean_upper_bound
 from robustrl.certify.storage import plain_data
 from robustrl.envs.bounds import known_return_bounds

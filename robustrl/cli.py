@@ -254,7 +254,7 @@ def attack(
 ) -> None:
     """Attack a policy adaptively with a whole-episode budget, and compare with its certificate if there is one."""
     from robustrl.api import attack_policy
-    from robustrl.certify.certificate import EpisodeCertificate
+    from robustrl.certify.episode import EpisodeCertificate
     from robustrl.envs.units import frame_units
     from robustrl.report.attack import attack_table, save_reports
     from robustrl.report.figures import certificate_figure, save_figure
@@ -343,7 +343,7 @@ def plot(
     ] = None,
 ) -> None:
     """Draw the certified curve, with the attacks stored beside it."""
-    from robustrl.certify.certificate import EpisodeCertificate
+    from robustrl.certify.episode import EpisodeCertificate
     from robustrl.report.attack import load_reports
     from robustrl.report.figures import certificate_figure, save_figure
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import fisher_exact, ks_2samp
 
-from robustrl.certify.certificate import Certificate, EpisodeCertificate
+from robustrl.certify.certificate import Certificate
+from robustrl.certify.episode import EpisodeCertificate
 from robustrl.certify.storage import plain_data
 from robustrl.envs.bounds import known_return_bounds
 from robustrl.envs.recipe import EnvRecipe
@@ -116,9 +117,11 @@ def verify_certificate(
 
 
 def _check_return_low(certificate: Certificate) -> None:
-    """Where the environment's sure lower bound is known, a certificate may not assume a higher one."""
+    """Where the environment's sure lower bound is known, a certificate of the mean may not assume a higher one."""
     recipe = certificate.provenance.get("recipe")
     if not isinstance(certificate, EpisodeCertificate) or certificate.return_low is None or not isinstance(recipe, dict):
+        return
+    if certificate.statistic != "mean":
         return
     try:
         low = known_return_bounds(_stated_recipe(recipe))[0]

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from toys import NothingToDo
 
 from robustrl import cli, options
-from robustrl.certify.certificate import EpisodeCertificate
+from robustrl.certify.episode import EpisodeCertificate
 from robustrl.errors import CertificateViolationError
 from robustrl.report.attack import load_reports
 

@@ -18,7 +18,7 @@ from toys import balancer
 
 import robustrl as rrl
 from robustrl.attacks import Attack, AttackContext
-from robustrl.certify.certificate import EpisodeCertificate
+from robustrl.certify.episode import EpisodeCertificate
 from robustrl.certify.returns import certify_success
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.envs.units import covering_budgets
@@ -239,3 +239,12 @@ def test_a_run_file_imports_no_module_without_trust(tmp_path: Path, monkeypatch:
     assert (tmp_path / "ran").exists()
     assert "planted_module" in sys.modules
     assert EnvRecipe.from_dict(data).horizon == 30  # imported by now
+
+
+def test_a_probability_is_no_return_below_the_environments_lowest() -> None:
+    """One round of Pong returns -1 or 1; the certified probability of winning it is at least 0, whatever it returns."""
+    certificate = certify_success(7, 10, rrl.Gaussian(0.05), [0.0])
+    recipe = EnvRecipe(env_id="robustrl/PongOneRound-v0", noise=rrl.Gaussian(0.05))
+    stated = certificate.with_provenance(recipe=recipe.to_dict(), success_at=1.0)
+    assert rrl.known_return_bounds(recipe)[0] == -1
+    rrl.verify_certificate(stated)

@@ -20,8 +20,8 @@ from scipy.stats import binom
 
 from robustrl.certify.band import band_failure_bounds
 from robustrl.certify.betting import betting_lower_bounds
-from robustrl.certify.certificate import EpisodeCertificate, standard_exclusions
 from robustrl.certify.confidence import clopper_pearson_upper, dkw_epsilon, failure_upper
+from robustrl.certify.episode import EpisodeCertificate, standard_exclusions
 from robustrl.certify.worst_case import worst_case_mean, worst_case_survival
 from robustrl.errors import check_alpha, check_budget, check_choice, check_count, check_finite_array, check_real
 from robustrl.noise import Gaussian, Noise

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustrl.errors import CertificateError
+from robustrl.noise import noise_from_dict
 
 Floats = NDArray[np.float64]
 
@@ -119,6 +120,16 @@ class Fields:
         count: int = inner.take("successes", int)
         inner.finish()
         return count
+
+    def noise(self, name: str, *, missing: bool = False) -> Any:
+        """A noise mechanism or, if allowed, None."""
+        data = self.take(name, dict, type(None)) if missing else self.take(name, dict)
+        try:
+            return None if data is None else noise_from_dict(data)
+        except CertificateError:
+            raise
+        except (TypeError, ValueError, OverflowError) as error:
+            raise self.error(name, f"is not a mechanism: {error}") from None
 
     def finish(self) -> None:
         """Refuse what nobody has taken."""

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from robustrl.certify.certificate import FORMATS, EpisodeCertificate
+from robustrl.certify.certificate import FORMATS
+from robustrl.certify.episode import EpisodeCertificate
 from robustrl.errors import check_choice
 from robustrl.files import write_atomically
 from robustrl.report.attack import AttackReport

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from robustrl.certify.certificate import EpisodeCertificate
+from robustrl.certify.episode import EpisodeCertificate
 from robustrl.report.attack import AttackReport
 from robustrl.report.figures import certificate_figure
 

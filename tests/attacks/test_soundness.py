@@ -32,8 +32,8 @@ from robustrl.attacks import (
     SmoothedPGD,
     Uniform,
 )
-from robustrl.certify.certificate import EpisodeCertificate
 from robustrl.certify.confidence import clopper_pearson_upper
+from robustrl.certify.episode import EpisodeCertificate
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.errors import BudgetExceededError, CertificateViolationError
 from robustrl.noise import Gaussian

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from robustrl import files
-from robustrl.certify.certificate import Certificate, EpisodeCertificate
+from robustrl.certify.certificate import Certificate
+from robustrl.certify.episode import EpisodeCertificate
 from robustrl.certify.returns import METHODS, certify_quantile, certify_return, certify_success, episode_budget
 from robustrl.certify.storage import digest
 from robustrl.errors import CertificateError
@@ -290,7 +291,7 @@ WRONG: list[tuple[str, Any]] = [
     ("schema", 2),
     ("schema", "1"),
     ("schema", True),
-    ("kind", "RadiusCertificate"),
+    ("kind", "SafeSetCertificate"),
     ("kind", "Certificate"),
     ("kind", 1),
     ("digest", 7),

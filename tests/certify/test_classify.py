@@ -1,0 +1,375 @@
+"""Certificates of one input: exact where the truth is known, covered, and never crossed by an attack."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import optimize
+from scipy.stats import norm as normal
+from torch import Tensor, nn
+
+import robustrl as rrl
+from robustrl.certify.certificate import Certificate
+from robustrl.certify.classify import certified, radius_from_counts
+from robustrl.certify.methods import METHODS, NO_PROOF
+from robustrl.certify.radius import ABSTAIN, RadiusCertificate
+from robustrl.errors import CertificateError
+from robustrl.noise import Gaussian, Laplace, Noise, Uniform
+
+UNIT = Gaussian(1.0)
+SAMPLED = [name for name, method in METHODS.items() if not method.exact and name != "sequential"]
+
+
+def half_space(w: np.ndarray, b: float) -> nn.Linear:
+    """Class 1 where w . x + b > 0."""
+    linear = nn.Linear(len(w), 2)
+    linear.weight.data = torch.tensor(np.stack((np.zeros_like(w), w)), dtype=torch.float32)
+    linear.bias.data = torch.tensor([0.0, b])
+    return linear
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "alpha", "p_lower", "radius"),
+    [
+        (100, 100, 0.001, 0.933254300797, 1.500475024),
+        (100, 99, 0.001, 0.911373111296, 1.349259039),
+        (1000, 900, 0.001, 0.867464018026, 1.114483162),
+        (10_000, 9900, 0.001, 0.986531159324, 2.212419665),
+        (10_000, 10_000, 0.001, 0.999309463003, 3.198577515),
+        (100_000, 100_000, 0.001, 0.999930924833, 3.811456563),
+        (100_000, 99_999, 0.001, 0.999907669666, 3.739126669),
+        (100_000, 99_000, 0.001, 0.988989340377, 2.289999955),
+        (100_000, 75_214, 0.001, 0.747898840667, 0.6678923379),
+        (100_000, 50_500, 0.001, 0.50010895174, 2.731015e-4),
+        (2000, 1500, 0.05, 0.733557769505, 0.623608905),
+    ],
+)
+def test_radius_from_counts_is_the_published_one(n: int, k: int, alpha: float, p_lower: float, radius: float) -> None:
+    certificate = radius_from_counts(UNIT, k, n, alpha=alpha)
+    assert certificate.p_lower == pytest.approx(p_lower, abs=1e-11)
+    assert certificate.radius == pytest.approx(radius, rel=1e-6)
+    assert radius_from_counts(Gaussian(0.25), k, n, alpha=alpha).radius == pytest.approx(radius / 4, rel=1e-6)
+
+
+@pytest.mark.parametrize(("n", "k"), [(100_000, 50_489), (10, 0), (100, 50), (5, 5)])
+def test_too_few_votes_abstain(n: int, k: int) -> None:
+    certificate = radius_from_counts(UNIT, k, n, alpha=0.001)
+    assert certificate.abstained
+    assert (certificate.prediction, certificate.radius) == (ABSTAIN, 0.0)
+
+
+@pytest.mark.parametrize(("n", "decides"), [(9, False), (10, True)])
+def test_ten_samples_are_the_fewest_that_can_certify(n: int, decides: bool) -> None:
+    assert radius_from_counts(UNIT, n, n, alpha=0.001).abstained is not decides
+
+
+@pytest.mark.parametrize(
+    ("p_lower", "p_upper", "radius"),
+    [(0.7, 0.2, 0.68301087), (0.6, 0.1, 0.76744933), (0.45, 0.3, 0.19936958), (0.99, 0.005, 2.45108859)],
+)
+def test_two_sided_radius_of_known_probabilities(p_lower: float, p_upper: float, radius: float) -> None:
+    assert UNIT.radius(p_lower, p_upper) == pytest.approx(radius, abs=1e-8)
+
+
+def test_two_sided_radius_from_counts() -> None:
+    """Both limits at level .0005: alpha = .001 over the class and one rival."""
+    evidence = {"selection": [10, 0], "counts": [6000, 4000], "n": 10_000}
+    assert certified("two-sided", evidence, alpha=0.001, norm=2, scope="input", noise=UNIT).p_lower == pytest.approx(
+        0.583758660, abs=1e-9
+    )
+    three = {"selection": [10, 0, 0], "counts": [6000, 1000, 3000], "n": 10_000}
+    found = certified("two-sided", three, alpha=0.002, norm=2, scope="input", noise=UNIT)
+    assert found.p_lower == pytest.approx(float(rrl.certify.confidence.clopper_pearson_lower(6000, 10_000, 0.001)))
+    assert found.p_upper == pytest.approx(float(rrl.certify.confidence.clopper_pearson_upper(3000, 10_000, 0.0005)))
+
+
+def test_the_level_is_split_over_all_rivals_not_given_to_the_runner_up() -> None:
+    counts = [5000, *[500] * 10]
+    evidence = {"selection": [10, *[0] * 10], "counts": counts, "n": 10_000}
+    found = certified("two-sided", evidence, alpha=0.01, norm=2, scope="input", noise=UNIT)
+    assert found.p_upper == pytest.approx(float(rrl.certify.confidence.clopper_pearson_upper(500, 10_000, 0.01 / 20)))
+
+
+def test_mean_scores_give_the_published_radius() -> None:
+    """Q = 1.2 against .7 in [-2, 3], 10,000 draws, level .05 over two actions, sigma .1."""
+    evidence = {"prediction": 0, "sums": [12_000.0, 7000.0], "n": 10_000, "bounds": [-2.0, 3.0]}
+    found = certified("values", evidence, alpha=0.1, norm=2, scope="step", noise=Gaussian(0.1))
+    assert found.radius == pytest.approx(0.00973051, abs=1e-8)
+    assert (found.p_lower or 0) * 5 - 2 == pytest.approx(1.2 - 0.06119367, abs=1e-8)
+
+
+# ------------------------------------------------------------------------------------------------ truth
+
+
+@pytest.mark.parametrize("dimension", [1, 2, 10, 1000])
+@pytest.mark.parametrize("sigma", [0.5, 2.0])
+def test_a_half_space_is_certified_up_to_its_margin_from_below(dimension: int, sigma: float) -> None:
+    """The true radius is the margin, whatever sigma and the dimension are."""
+    generator = np.random.default_rng(dimension)
+    w = generator.normal(size=dimension)
+    x = generator.normal(size=dimension)
+    margin = 1.2 * sigma
+    b = margin * float(np.linalg.norm(w)) - float(w @ x)
+    smoothed = rrl.Smoothed(half_space(w, b), Gaussian(sigma), seed=1)
+    found = [smoothed.certify(x[None], n=n, alpha=0.001)[0] for n in (100, 1000, 20_000)]
+    assert [c.prediction for c in found] == [1, 1, 1]
+    assert all(c.radius < margin for c in found)
+    assert found[-1].radius > 0.95 * margin
+    assert found[0].radius < found[-1].radius
+
+
+@pytest.mark.parametrize("method", ["one-sided", "two-sided", "dipole", "second-order"])
+def test_coverage_is_neither_violated_nor_vacuous(method: str) -> None:
+    """2000 certificates of one point at alpha = .05: a radius beyond the margin is a miss."""
+    alpha, runs, n, margin = 0.05, 2000, 200, 0.8
+    smoothed = rrl.Smoothed(half_space(np.array([0.6, 0.8]), margin), UNIT, seed=7)
+    found = smoothed.certify(np.zeros((runs, 2)), n0=20, n=n, alpha=alpha, method=method)
+    missed = sum(c.radius > margin for c in found) / runs
+    assert missed <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / runs)
+    # Clopper-Pearson on a grid of 200 counts, half the level for two-sided bounds; the dipole pays twice.
+    assert missed >= {"one-sided": 0.01, "two-sided": 0.004, "dipole": 0.0005, "second-order": 0.0}[method]
+
+
+def test_means_are_covered_too() -> None:
+    """The score is a step function: its mean is a probability, and the truth is the half-space's."""
+
+    def base(rows: Tensor) -> Tensor:
+        hit = (rows[:, 0] > -0.8).float()
+        return torch.stack((1 - hit, hit), dim=1)
+
+    smoothed = rrl.Smoothed(base, UNIT, bounds=(0.0, 1.0), seed=2)
+    found = smoothed.certify(np.zeros((1000, 1)), n0=20, n=200, alpha=0.1, method="values")
+    assert sum(c.radius > 0.8 for c in found) <= 100
+    assert np.mean([c.radius for c in found]) > 0.3
+
+
+def test_a_union_of_half_spaces_has_its_closed_form() -> None:
+    """Class 1 where x > -a or y > -b: the noise's coordinates are independent, so p = 1 - Phi(-a) Phi(-b)."""
+    a, b = 0.3, 0.6
+
+    def base(rows: Tensor) -> Tensor:
+        inside = ((rows[:, 0] > -a) | (rows[:, 1] > -b)).float()
+        return torch.stack((1 - inside, inside), dim=1)
+
+    p = 1 - normal.cdf(-a) * normal.cdf(-b)
+    certificate = rrl.Smoothed(base, UNIT, seed=3).certify(np.zeros((1, 2)), n=50_000)[0]
+    assert certificate.p_lower == pytest.approx(p, abs=0.01)
+    assert (certificate.p_lower or 0) < p
+
+
+@pytest.mark.parametrize("interval", [(-0.5, 3.0), (-1.0, 1.0), (-0.2, 0.9), (-4.0, 0.8)])
+@pytest.mark.parametrize("method", ["one-sided", "two-sided", "second-order", "second-order-pairs", "dipole"])
+def test_no_shift_of_an_interval_crosses_the_certificate(interval: tuple[float, float], method: str) -> None:
+    """The smoothed class of an interval at distance t is known exactly, and so is the nearest flip."""
+    low, high = interval
+
+    def base(rows: Tensor) -> Tensor:
+        inside = ((rows[:, 0] > low) & (rows[:, 0] < high)).float()
+        return torch.stack((1 - inside, inside), dim=1)
+
+    certificate = rrl.Smoothed(base, UNIT, seed=4).certify(np.zeros((1, 1)), n=100_000, method=method)[0]
+
+    def excess(t: float) -> float:
+        p = normal.cdf(high - t) - normal.cdf(low - t)
+        return (p if certificate.prediction == 1 else 1 - p) - 0.5
+
+    flips = [optimize.brentq(excess, 0, side) for side in (-8.0, 8.0) if excess(0) * excess(side) < 0]
+    assert flips or certificate.prediction == 0
+    assert all(certificate.radius <= abs(flip) for flip in flips)
+
+
+@pytest.mark.parametrize("noise", [Gaussian(0.4), Uniform(0.7), Laplace(0.4)])
+def test_a_hill_climbing_attack_stays_outside_the_radius(noise: Noise) -> None:
+    """The attacker moves the input in the noise's norm to just inside the radius; many fresh votes still say the same."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 3))
+    for layer in (base[0], base[2]):
+        assert isinstance(layer, nn.Linear)
+        layer.weight.data *= 3
+    smoothed = rrl.Smoothed(base, noise, seed=5)
+    x = np.random.default_rng(0).uniform(size=(6, 3))
+    for point, certificate in zip(x, smoothed.certify(x, n=5000), strict=True):
+        if certificate.abstained:
+            continue
+        directions = np.random.default_rng(1).normal(size=(40, 3))
+        directions /= np.linalg.norm(directions, ord=noise.norm, axis=1, keepdims=True)
+        moved = point + 0.99 * certificate.radius * directions
+        counts = smoothed.tally(moved, 4000).counts
+        assert (counts.argmax(axis=1) == certificate.prediction).all()
+
+
+# ------------------------------------------------------------------------------------------------ doors
+
+
+def test_predict_says_what_is_certain_and_abstains_from_ties() -> None:
+    smoothed = rrl.Smoothed(half_space(np.array([1.0]), 0.0), UNIT, seed=0)
+    assert smoothed.predict(np.array([[-2.0], [0.0], [2.0]]), n=1000).tolist() == [0, ABSTAIN, 1]
+
+
+def test_predict_is_wrong_at_most_as_often_as_stated() -> None:
+    smoothed = rrl.Smoothed(half_space(np.array([1.0]), 0.0), UNIT, seed=1)
+    said = smoothed.predict(np.full((4000, 1), 0.05), n=101, alpha=0.1)
+    assert np.mean(said == 0) <= 0.1
+    assert np.mean(said == 0) >= 0.001
+    assert np.mean(said == 1) > np.mean(said == 0)
+
+
+@pytest.mark.parametrize(("n", "decides"), [(10, False), (11, True)])
+def test_eleven_samples_are_the_fewest_that_can_predict(n: int, decides: bool) -> None:
+    smoothed = rrl.Smoothed(half_space(np.array([1.0]), 100.0), UNIT)
+    if decides:
+        assert smoothed.predict(np.zeros((1, 1)), n=n).tolist() == [1]
+    else:
+        with pytest.warns(UserWarning, match="can never decide"):
+            assert smoothed.predict(np.zeros((1, 1)), n=n).tolist() == [ABSTAIN]
+
+
+def test_a_number_of_samples_that_can_never_certify_is_warned_about() -> None:
+    smoothed = rrl.Smoothed(half_space(np.array([1.0]), 100.0), UNIT)
+    with pytest.warns(UserWarning, match="can never certify"):
+        assert smoothed.certify(np.zeros((1, 1)), n=9)[0].abstained
+
+
+def test_alpha_total_is_split_over_the_inputs() -> None:
+    smoothed = rrl.Smoothed(half_space(np.array([1.0]), 1.0), UNIT, seed=0)
+    found = smoothed.certify(np.zeros((4, 1)), n=500, alpha_total=0.02)
+    assert [c.alpha for c in found] == [0.005] * 4
+    assert smoothed.decide(np.zeros((4, 1)), 0.5, alpha_total=0.02)[0].alpha == 0.005
+
+
+def test_another_norm_is_converted_and_recomputable() -> None:
+    smoothed = rrl.Smoothed(half_space(np.ones(4), 2.0), UNIT, seed=0)
+    plain, box = (smoothed.certify(np.zeros((1, 4)), n=4000, norm=norm)[0] for norm in (2, math.inf))
+    assert box.radius == pytest.approx(UNIT.radius(box.p_lower or 0) / 2)
+    assert plain.norm == 2
+    for certificate in (plain, box):
+        certificate.verify()
+
+
+@pytest.mark.parametrize("method", SAMPLED)
+@pytest.mark.parametrize("scope", ["episode", "trajectory", "training-labels", "nonsense"])
+def test_statements_without_a_proof_are_refused_with_the_reason(method: str, scope: str) -> None:
+    smoothed = rrl.Smoothed(half_space(np.ones(2), 1.0), UNIT, bounds=(0, 1))
+    with pytest.raises(ValueError, match=f"no proof for scope {scope!r}") as caught:
+        smoothed.certify(np.zeros((1, 2)), n=10, method=method, scope=scope)
+    assert NO_PROOF.get(scope, "unknown scope") in str(caught.value)
+
+
+def test_an_exact_or_unknown_method_is_no_sampled_one() -> None:
+    smoothed = rrl.Smoothed(half_space(np.ones(2), 1.0), UNIT)
+    for method in ("sequential", "nonsense"):
+        with pytest.raises(ValueError, match="method must be"):
+            smoothed.certify(np.zeros((1, 2)), method=method)
+
+
+@pytest.mark.parametrize("method", SAMPLED)
+def test_certificates_recompute_and_survive_a_file(method: str, tmp_path: Path) -> None:
+    smoothed = rrl.Smoothed(half_space(np.ones(2), 1.0), UNIT, bounds=(-3.0, 3.0), seed=0)
+    certificate = smoothed.certify(np.zeros((1, 2)), n=5000, alpha=0.01, method=method, scope="step")[0]
+    assert certificate.prediction == 1
+    certificate.verify()
+    certificate.save(tmp_path / "c.json")
+    loaded = Certificate.load(tmp_path / "c.json")
+    assert loaded == certificate
+    rrl.verify_certificate(tmp_path / "c.json")
+    assert "l2 radius" in certificate.table()
+    assert method in repr(certificate)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"radius": 9.0}, "radius"),
+        ({"prediction": 0}, "prediction"),
+        ({"p_lower": 0.99}, "p_lower"),
+        ({"p_upper": 0.2}, "p_upper"),
+        ({"evidence": {"selection": [0, 9], "count": 11_000, "n": 10_000}}, "cannot be recomputed"),
+        ({"evidence": {}}, "cannot be recomputed"),
+        ({"not_covered": ()}, "not_covered"),
+        ({"fp_model": "exact"}, "fp_model"),
+        ({"alpha": 0.2}, "radius"),
+        ({"noise": Gaussian(3.0)}, "radius"),
+        ({"norm": 1}, "cannot be recomputed"),
+        ({"noise": None}, "cannot be recomputed"),
+    ],
+)
+def test_a_certificate_that_was_tampered_with_does_not_verify(changes: dict[str, Any], field: str) -> None:
+    from dataclasses import replace
+
+    smoothed = rrl.Smoothed(half_space(np.ones(2), 1.0), UNIT, seed=0)
+    certificate = smoothed.certify(np.zeros((1, 2)), n=5000)[0]
+    with pytest.raises(CertificateError, match=field):
+        replace(certificate, **changes).verify()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prediction": -2}, "prediction must be"),
+        ({"prediction": 1.0}, "prediction must be"),
+        ({"radius": -1.0}, "radius must be"),
+        ({"radius": math.nan}, "radius must be"),
+        ({"prediction": -1}, "0 when abstaining"),
+        ({"norm": 3}, "norm must be"),
+        ({"scope": "episode"}, "no proof for scope|scope must be"),
+        ({"method": "magic"}, "method must be"),
+        ({"alpha": 0.0}, "alpha must be"),
+        ({"alpha": 0.7}, "alpha must be"),
+        ({"fp_model": "approximate"}, "fp_model must be"),
+        ({"evidence": {"x": math.nan}}, "evidence must be plain JSON"),
+    ],
+)
+def test_impossible_certificates_cannot_be_made(changes: dict[str, Any], message: str) -> None:
+    from dataclasses import replace
+
+    certificate = radius_from_counts(UNIT, 990, 1000, alpha=0.05)
+    with pytest.raises(ValueError, match=message):
+        replace(certificate, **changes)
+
+
+# ------------------------------------------------------------------------------------------------ sequential
+
+
+def test_a_decision_takes_few_samples_where_the_answer_is_clear() -> None:
+    smoothed = rrl.Smoothed(half_space(np.array([1.0]), 0.0), UNIT, seed=0)
+    x = np.array([[0.0], [0.5], [1.5], [3.0]])
+    yes = smoothed.decide(x, 1.0)
+    assert [c.evidence["answer"] for c in yes] == ["no", "no", "yes", "yes"]
+    assert [c.radius for c in yes] == [0, 0, 1, 1]
+    assert max(c.evidence["n"] for c in yes) < 10_000
+    for certificate in yes:
+        certificate.verify()
+
+
+def test_a_decision_that_is_too_close_stays_open() -> None:
+    smoothed = rrl.Smoothed(half_space(np.array([1.0]), 0.0), UNIT, seed=0)
+    found = smoothed.decide(np.array([[1.0]]), 1.0, max_n=2000)[0]
+    assert (found.evidence["answer"], found.evidence["n"]) == ("undecided", 2000)
+    assert found.abstained
+
+
+def test_wrong_decisions_are_as_rare_as_stated() -> None:
+    """At the very margin every yes is a mistake, looked for at every step."""
+    smoothed = rrl.Smoothed(half_space(np.array([1.0]), 0.0), UNIT, seed=3)
+    found = smoothed.decide(np.full((1000, 1), 0.5), 0.5, alpha=0.1, max_n=1000)
+    said = [c.evidence["answer"] for c in found]
+    assert said.count("yes") <= 50 + 3 * math.sqrt(50)
+    assert said.count("yes") >= 3
+
+
+def test_a_forged_decision_does_not_verify() -> None:
+    from dataclasses import replace
+
+    smoothed = rrl.Smoothed(half_space(np.array([1.0]), 0.0), UNIT, seed=0)
+    certificate: RadiusCertificate = smoothed.decide(np.array([[1.5]]), 1.0)[0]
+    lie = {**certificate.evidence, "radius": 1.4}
+    with pytest.raises(CertificateError, match="prediction"):
+        replace(certificate, radius=1.4, evidence=lie).verify()
