@@ -1,5 +1,6 @@
 """Who acts."""
 
 from robustrl.agents.smoothed import SmoothedAgent
+from robustrl.agents.voting import ActionInterval, MajorityVoteAgent, MedianAgent
 
-__all__ = ["SmoothedAgent"]
+__all__ = ["ActionInterval", "MajorityVoteAgent", "MedianAgent", "SmoothedAgent"]

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 Counts = NDArray[np.int64]
 
-ROWS_CPU, ROWS_GPU = 1024, 65536
-"""Most noisy copies per forward pass: as many as stay in a processor's cache, or amortise a kernel launch."""
-ENTRIES_CPU, ENTRIES_GPU = 2**20, 2**27
-"""Most entries of one pass's noisy copies."""
+ROWS_CPU, ROWS_GPU = (32, 8192), (32, 65536)
+"""Fewest and most noisy copies per forward pass: what amortises a call, and stays in a processor's cache."""
+ENTRIES_CPU, ENTRIES_GPU = 2**17, 2**27
+"""Most entries of one pass's noisy copies, unless these are fewer than the fewest."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Smoothed:
         if isinstance(self.function, PolicyView) and not self.function.discrete:
             raise TypeError("base must be a policy with discrete actions to be counted; see outputs() for continuous ones")
         counting = _Counting(self, inputs, check_count("n", n), classes, pairs=pairs, gradient=gradient, values=values)
-        with self._evaluating() as scores:
+        with self.evaluating() as scores:
             for copies in self._passes(inputs, n, pairs=pairs, keep_noise=gradient):
                 counting.add(copies, scores(copies.rows))
         return counting.result()
@@ -163,7 +163,7 @@ class Smoothed:
             ValueError: if an output is NaN or inf.
         """
         inputs = self.inputs(x)
-        with self._evaluating() as scores:
+        with self.evaluating() as scores:
             found = torch.cat([scores(copies.rows) for copies in self._passes(inputs, check_count("n", n))])
         if not torch.isfinite(found).all():
             raise ValueError("outputs of the base function must be finite, got NaN or inf")
@@ -189,6 +189,11 @@ class Smoothed:
 
         return classify.decide(self, x, radius, alpha, max_n, **options)
 
+    def next_stream(self) -> int:
+        """A number that seeds another function, such that the two share no samples."""
+        self._next_stream += 1
+        return self._next_stream
+
     def inputs(self, x: Any) -> Tensor:
         """Inputs (b, *shape) as float32 on the device, checked."""
         try:
@@ -210,7 +215,7 @@ class Smoothed:
 
         An input's copies are drawn by a generator of its own, in blocks that depend on `n` and its size alone.
         """
-        most = self._rows(x)
+        most = self.rows(x)
         buffer = torch.empty(min(most, n * len(x)), *x.shape[1:], device=self.device)
         noise = torch.empty_like(buffer) if keep_noise else None
         first, self._next_stream = self._next_stream, self._next_stream + len(x)
@@ -243,12 +248,13 @@ class Smoothed:
             noise.copy_(out)
         out.mul_(self.noise.sigma).add_(clean)
 
-    def _rows(self, x: Tensor) -> int:
-        rows, entries = (ROWS_CPU, ENTRIES_CPU) if self.device.type == "cpu" else (ROWS_GPU, ENTRIES_GPU)
-        return 2 * max(1, min(rows, entries // math.prod(x.shape[1:])) // 2)
+    def rows(self, x: Tensor) -> int:
+        """Noisy copies per pass of the base function."""
+        (least, most), entries = (ROWS_CPU, ENTRIES_CPU) if self.device.type == "cpu" else (ROWS_GPU, ENTRIES_GPU)
+        return 2 * (max(least, min(most, entries // math.prod(x.shape[1:]))) // 2)
 
     @contextmanager
-    def _evaluating(self) -> Iterator[Callable[[Tensor], Tensor]]:
+    def evaluating(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """The base function, to be called on rows; its module in evaluation mode meanwhile."""
         function, modes = self.function, []
         if isinstance(function, PolicyView):

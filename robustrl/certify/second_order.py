@@ -91,6 +91,7 @@ class SplitMeans:
     @classmethod
     def from_sums(cls, sums: ArrayLike, n1: int, n2: int) -> SplitMeans:
         """From the sums of (1_A - 1/2) Z over either batch, shape (2, n_features)."""
+        n1, n2 = check_count("n1", n1), check_count("n2", n2)
         first, second = check_finite_array("sums", sums, ndim=2)
         return cls(float(first @ second) / (n1 * n2), float(np.linalg.norm(second)) / n2, n1, n2)
 
@@ -239,7 +240,7 @@ def dipole_radius(s_lower: float, n_lower: float) -> float:
     def failure(r: float) -> float:
         return float(ndtr(r - edge) + ndtr(-edge - r) - ndtr(tail - r))
 
-    return _largest(lambda r: failure(r) <= 0.5 - SLACK, 0.0, edge + 1)
+    return _largest(lambda r: failure(r) <= 0.5 - SLACK, 0.0, edge)
 
 
 def split_mean_bound(inner: float, norm2: float, n1: int, n2: int, alpha: float) -> float:

@@ -202,8 +202,8 @@ def test_a_hill_climbing_attack_stays_outside_the_radius(noise: Noise) -> None:
         directions = np.random.default_rng(1).normal(size=(40, 3))
         directions /= np.linalg.norm(directions, ord=noise.norm, axis=1, keepdims=True)
         moved = point + 0.99 * certificate.radius * directions
-        counts = smoothed.tally(moved, 4000).counts
-        assert (counts.argmax(axis=1) == certificate.prediction).all()
+        share = smoothed.tally(moved, 4000).counts[:, certificate.prediction] / 4000
+        assert share.min() > 0.5 - 4 * 0.5 / 4000**0.5
 
 
 # ------------------------------------------------------------------------------------------------ doors

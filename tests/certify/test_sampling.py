@@ -166,6 +166,7 @@ def test_scores_are_clipped_before_they_are_averaged() -> None:
 
 def test_pictures_go_through_in_passes_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "ENTRIES_CPU", 1000)
+    monkeypatch.setattr(sampling, "ROWS_CPU", (2, 8192))
     base = Recorder()
     smoothed(base).tally(np.zeros((2, 3, 10, 10)), 10)
     assert max(len(rows) for rows in base.seen) == 2  # 600 entries

@@ -157,7 +157,9 @@ def test_half_space_pairs_give_exactly_cohen(p: float) -> None:
 @pytest.mark.parametrize("p", [0.5, 0.3, 0.0])
 def test_no_majority_no_radius(p: float) -> None:
     assert second_order_radius(p, 0.0) == 0
-    assert second_order_radius(0.5 + 1e-12, 0.0, failure=0.5) == 0
+    for a_hair in (-1e-12, 0.0, 1e-12):  # two roundings of the same limit, on either side of 1/2
+        assert second_order_radius(0.5 + a_hair, 0.0, failure=0.5 + 2e-12) == 0
+        assert second_order_radius(0.5, 0.0, failure=0.5 + a_hair) == 0
     assert dipole_radius(p, 0.0) == 0
     assert dipole_radius(p / 2, p / 2) == 0
 
@@ -455,11 +457,19 @@ def test_split_mean_bound_uses_each_batch_where_the_proof_does() -> None:
     assert split_mean_bound(-5.0, 0.3, 400, 9000, 0.02) == pytest.approx(t2 / 2, rel=1e-10)
 
 
+def test_sums_over_batches_become_means() -> None:
+    evidence = SplitMeans.from_sums([[1.0, 2.0], [6.0, 8.0]], 2, 5)
+    assert (evidence.inner, evidence.norm2, evidence.n1, evidence.n2) == (pytest.approx(0.5 * 1.2 + 1.0 * 1.6), 2.0, 2, 5)
+    with pytest.raises(ValueError, match="n2 must"):
+        SplitMeans.from_sums([[1.0, 2.0], [6.0, 8.0]], 2, 0)
+
+
 def test_pairs_bound_matches_the_paper() -> None:
     # 49 features, 1e8 samples, alpha' = .0005: t = .010917057780; few pairs: 4 sqrt(2) L / n_pairs
     assert pairs_gradient_bound(0.0, 5 * 10**7, 49, 0.0005) ** 2 == pytest.approx(0.010917057780, abs=1e-12)
     assert pairs_gradient_bound(0.3, 5, 2, math.exp(-7)) ** 2 == pytest.approx(0.3 + 4 * math.sqrt(2) * 7 / 5, rel=1e-12)
     assert pairs_gradient_bound(0.3, 7, 2, math.exp(-7)) ** 2 == pytest.approx(0.3 + 4 * math.sqrt(2), rel=1e-12)
+    assert pairs_gradient_bound(0.3, 9, 2, math.exp(-7)) ** 2 == pytest.approx(0.3 + 4 * math.sqrt(2 * 7 / 9), rel=1e-12)
     assert pairs_gradient_bound(-1.0, 10**8, 2, 0.01) == 0
 
 

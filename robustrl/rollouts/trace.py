@@ -1,0 +1,139 @@
+"""One episode, and how far an attacker would have to go at each of its steps."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustrl.agents.voting import MajorityVoteAgent
+from robustrl.certify.certificate import FORMATS
+from robustrl.certify.radius import RadiusCertificate
+from robustrl.envs.recipe import EnvRecipe, make_vec_env
+from robustrl.errors import check_alpha, check_choice
+from robustrl.files import write_atomically
+from robustrl.rollouts.progress import progress_bar
+
+
+@dataclass(frozen=True)
+class RadiusTrace:
+    """An episode of a `MajorityVoteAgent` with a certificate per step.
+
+    Attributes:
+        certificates: one per step; together they fail with probability at most `alpha`.
+        actions: what was done, int64 (T,): the certified action, or the most frequent one where the certificate abstains.
+        rewards: (T,).
+        alpha: of the whole episode; it was split over the horizon, as its length is not known beforehand.
+        label: of the environment.
+    """
+
+    certificates: tuple[RadiusCertificate, ...]
+    actions: NDArray[np.int64]
+    rewards: NDArray[np.float64]
+    alpha: float
+    label: str
+
+    @property
+    def radii(self) -> NDArray[np.float64]:
+        """Per step, 0 where the certificate abstains; (T,)."""
+        return np.array([certificate.radius for certificate in self.certificates])
+
+    def table(self) -> str:
+        """The episode in a few lines."""
+        radii, norm = self.radii, self.certificates[0].norm
+        return "\n".join(
+            [
+                f"{self.label}: {len(radii)} steps, return {self.rewards.sum():.6g}, {self.certificates[0].method}",
+                f"confidence {100 * (1 - self.alpha):.10g}% for all steps at once",
+                f"l{norm:g} radius  min {radii.min():.4g}  median {np.median(radii):.4g}  max {radii.max():.4g}",
+                f"steps without a certificate: {int((radii == 0).sum())}",
+                "each radius is about its own step: an attacker may have changed the state before",
+            ]
+        )
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Write the radius over the steps as .png, .pdf or .svg, atomically."""
+        from matplotlib.figure import Figure
+
+        suffix = Path(path).suffix.lower()
+        check_choice("suffix of path", suffix, FORMATS)
+        figure = Figure(figsize=(7, 3.2), layout="constrained")
+        ax = figure.subplots()
+        steps = np.arange(len(self.radii))
+        for action in np.unique(self.actions):
+            chosen = self.actions == action
+            ax.plot(steps[chosen], self.radii[chosen], ".", markersize=5, label=f"action {action}")
+        noise = self.certificates[0].noise
+        ax.set_title(f"{self.label}, {'' if noise is None else noise.scale}, {100 * (1 - self.alpha):g}% for all steps at once")
+        ax.set_xlabel("step")
+        ax.set_ylabel(f"certified l{self.certificates[0].norm:g} radius")
+        ax.set_ylim(bottom=-0.02 * float(self.radii.max() or 1))
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=suffix[1:], dpi=150)
+        write_atomically(path, buffer.getvalue())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the numbers and the evidence of every step as JSON, atomically."""
+        document = {
+            "environment": self.label,
+            "alpha": self.alpha,
+            "return": float(self.rewards.sum()),
+            "steps": [
+                {"action": int(action), "reward": float(reward), "radius": c.radius, "method": c.method, "evidence": c.evidence}
+                for action, reward, c in zip(self.actions, self.rewards, self.certificates, strict=True)
+            ],
+        }
+        write_atomically(path, json.dumps(document, indent=1).encode())
+
+
+def radius_trace(
+    agent: MajorityVoteAgent,
+    env: Any,
+    *,
+    alpha: float = 0.05,
+    n0: int = 100,
+    n: int = 1000,
+    method: str = "one-sided",
+    seed: int = 0,
+    progress: bool = False,
+) -> RadiusTrace:
+    """Play one clean episode and certify every action.
+
+    Args:
+        agent: who plays; its noise is its own.
+        env: id, factory, recipe, ...: anything `EnvRecipe.of` takes. Noise in the recipe is left out.
+        alpha: failure probability of all steps together, split evenly over the horizon.
+        n0: noisy copies per step that choose the action.
+        n: noisy copies per step that give the evidence.
+        method: see `MajorityVoteAgent.certify`.
+        seed: of the environment.
+        progress: show a bar.
+    """
+    recipe = replace(EnvRecipe.of(env), noise=None)
+    share = check_alpha(alpha) / recipe.horizon
+    venv = make_vec_env(recipe, 1, seed=seed)
+    certificates, actions, rewards = [], [], []
+    try:
+        observation, done = venv.reset(), False
+        with progress_bar("trace", recipe.horizon, visible=progress) as advance:
+            while not done:
+                certificate = agent.certify(observation, alpha=share, n0=n0, n=n, method=method)[0]
+                action = certificate.prediction
+                if certificate.abstained:
+                    action = int(agent.predict(observation)[0][0])
+                observation, reward, dones, _ = venv.step(np.array([action]))
+                certificates.append(certificate)
+                actions.append(action)
+                rewards.append(float(reward[0]))
+                done = bool(dones[0])
+                advance(1)
+    finally:
+        venv.close()
+    return RadiusTrace(tuple(certificates), np.array(actions), np.array(rewards), alpha, recipe.label)

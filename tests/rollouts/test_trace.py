@@ -1,0 +1,66 @@
+"""Radius traces: one certificate per step, all of them together at the stated confidence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gymnasium as gym
+import pytest
+from toys import balancer
+
+import robustrl as rrl
+from robustrl.agents import MajorityVoteAgent
+from robustrl.envs.recipe import EnvRecipe
+from robustrl.rollouts.trace import RadiusTrace, radius_trace
+
+RECIPE = EnvRecipe(env_id="CartPole-v1", max_episode_steps=25, noise=rrl.Gaussian(0.2))
+
+
+@pytest.fixture(scope="module")
+def trace() -> RadiusTrace:
+    agent = MajorityVoteAgent(balancer(), rrl.Gaussian(0.2), votes=200, seed=0)
+    return radius_trace(agent, RECIPE, alpha=0.05, n=500, seed=3)
+
+
+def test_the_level_is_split_over_the_horizon(trace: RadiusTrace) -> None:
+    assert len(trace.certificates) == len(trace.actions) == len(trace.rewards) == 25
+    assert {c.alpha for c in trace.certificates} == {0.05 / 25}
+    assert trace.alpha == 0.05
+    for certificate in trace.certificates:
+        certificate.verify()
+        assert certificate.scope == "step"
+
+
+def test_certified_actions_are_the_executed_ones(trace: RadiusTrace) -> None:
+    """Replayed in the true environment without noise, the actions earn the same."""
+    for certificate, action in zip(trace.certificates, trace.actions, strict=True):
+        assert certificate.abstained or certificate.prediction == action
+    env = gym.make("CartPole-v1", max_episode_steps=25)
+    env.reset(seed=3)
+    rewards = [env.step(int(action))[1] for action in trace.actions]
+    assert trace.rewards.tolist() == rewards
+
+
+def test_it_is_told_in_words_numbers_and_a_picture(trace: RadiusTrace, tmp_path: Path) -> None:
+    assert "25 steps, return 25" in trace.table()
+    assert "all steps at once" in trace.table()
+    trace.plot(tmp_path / "trace.png")
+    assert (tmp_path / "trace.png").stat().st_size > 5000
+    trace.save(tmp_path / "trace.json")
+    stored = json.loads((tmp_path / "trace.json").read_text())
+    assert [step["radius"] for step in stored["steps"]] == trace.radii.tolist()
+    with pytest.raises(ValueError, match="suffix of path"):
+        trace.plot(tmp_path / "trace.bmp")
+
+
+def test_alpha_must_be_one() -> None:
+    with pytest.raises(ValueError, match="alpha must be"):
+        radius_trace(MajorityVoteAgent(balancer(), rrl.Gaussian(0.2)), RECIPE, alpha=1.0)
+
+
+def test_radii_shrink_where_the_vote_is_close(trace: RadiusTrace) -> None:
+    certified = [c for c in trace.certificates if not c.abstained]
+    assert len(certified) > 5
+    by_share = sorted(certified, key=lambda c: c.evidence["count"])
+    assert [c.radius for c in by_share] == sorted(c.radius for c in certified)
