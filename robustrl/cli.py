@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from robustrl import cli_inputs
 from robustrl.options import (
     Algo,
     Alpha,
@@ -378,6 +379,10 @@ def demo(
     verify(out / "certificate.json")
     for name in ("certificate.json", "certificate.png", "attack.json", "tb"):
         print(f"  {out / name}")
+
+
+app.command()(cli_inputs.trace)
+app.command()(cli_inputs.certify_images)
 
 
 def main() -> None:

@@ -1,0 +1,134 @@
+"""Commands about single inputs: steps of an episode, pictures of a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from robustrl.options import (
+    Algo,
+    EnvId,
+    EnvKwargs,
+    FrameStack,
+    Horizon,
+    NoiseText,
+    NormalizationFile,
+    Out,
+    PolicyKwargs,
+    Seed,
+    Sigma,
+    Target,
+    Trust,
+    open_model,
+    parse_noise,
+    parse_number,
+    parse_object,
+    read_normalization,
+)
+
+MethodName = Annotated[str, typer.Option(help="one-sided, two-sided, second-order, second-order-pairs or dipole.")]
+Copies = Annotated[int, typer.Option("--n", help="Noisy copies of each input that give the evidence.")]
+ChoosingCopies = Annotated[int, typer.Option("--n0", help="Noisy copies of each input that choose the class.")]
+
+
+def trace(
+    target: Target,
+    env: EnvId = None,
+    env_kwargs: EnvKwargs = None,
+    algo: Algo = None,
+    sigma: Sigma = None,
+    noise: NoiseText = None,
+    frame_stack: FrameStack = None,
+    normalization: NormalizationFile = None,
+    max_episode_steps: Horizon = None,
+    alpha: Annotated[float, typer.Option(help="Failure probability of all steps together.")] = 0.05,
+    n: Copies = 1000,
+    n0: ChoosingCopies = 100,
+    method: MethodName = "one-sided",
+    seed: Seed = 0,
+    out: Out = None,
+    policy_kwargs: PolicyKwargs = None,
+    trust: Trust = False,
+) -> None:
+    """Play one episode by majority vote and certify every action; writes trace.json and trace.png."""
+    from dataclasses import replace
+
+    from robustrl.agents import MajorityVoteAgent
+    from robustrl.rollouts.trace import radius_trace
+
+    changes = {
+        "frame_stack": frame_stack,
+        "normalization": read_normalization(normalization, trust),
+        "max_episode_steps": max_episode_steps,
+        "env_kwargs": parse_object("--env-kwargs", env_kwargs),
+    }
+    model, recipe = open_model(target, env, algo, changes, policy_kwargs, trust)
+    chosen = parse_noise(sigma, noise) or recipe.noise
+    if chosen is None:
+        raise ValueError("--sigma or --noise must be given: the run has no noise of its own")
+    agent = MajorityVoteAgent(recipe.view(model), chosen, seed=seed)
+    found = radius_trace(agent, replace(recipe, noise=None), alpha=alpha, n0=n0, n=n, method=method, seed=seed, progress=True)
+    folder = out or (target if target.is_dir() else Path("runs") / target.stem)
+    folder.mkdir(parents=True, exist_ok=True)
+    found.save(folder / "trace.json")
+    found.plot(folder / "trace.png")
+    print(found.table())
+    print(f"trace: {folder / 'trace.json'}, {folder / 'trace.png'}")
+
+
+def certify_images(
+    model: Annotated[str, typer.Argument(help="package.module:callable that gives a torch module, or a TorchScript file.")],
+    data: Annotated[
+        Path, typer.Argument(help=".npz (x, y), .npy beside <name>_labels.npy, or a folder of pictures per class.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for log.tsv, evidence.jsonl and accuracy.png.")],
+    weights: Annotated[Path | None, typer.Option(help="state_dict of the module.")] = None,
+    sigma: Sigma = None,
+    noise: NoiseText = None,
+    n: Copies = 100_000,
+    n0: ChoosingCopies = 100,
+    alpha: Annotated[float, typer.Option(help="Failure probability of each certificate.")] = 0.001,
+    alpha_total: Annotated[float | None, typer.Option(help="Of all certificates together, in place of --alpha.")] = None,
+    method: MethodName = "one-sided",
+    norm: Annotated[str | None, typer.Option(help="1, 2 or inf; default the noise's own.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Divide inputs by this; default 255 for integers, 1 for floats.")] = None,
+    skip: Annotated[int, typer.Option(help="Certify every so many inputs.")] = 1,
+    seed: Seed = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+) -> None:
+    """Certify a classifier on labelled inputs; goes on where it was interrupted."""
+    import sys
+
+    import torch
+
+    from robustrl.classifiers import certify_images as run
+    from robustrl.classifiers import load_classifier, load_images
+
+    chosen = parse_noise(sigma, noise)
+    if chosen is None:
+        raise ValueError("--sigma or --noise must be given")
+    sys.path.insert(0, "")  # a module beside the data, as Python itself finds it
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    x, y = load_images(data, scale)
+    report = run(
+        load_classifier(model, weights, place),
+        x,
+        y,
+        chosen,
+        n0=n0,
+        n=n,
+        alpha=alpha,
+        alpha_total=alpha_total,
+        method=method,
+        norm=None if norm is None else parse_number("--norm", norm),
+        skip=skip,
+        seed=seed,
+        folder=out,
+        device=place,
+        progress=True,
+    )
+    report.plot(out / "accuracy.png")
+    print(report.table())
+    print(f"log: {out / 'log.tsv'}, evidence: {out / 'evidence.jsonl'}, figure: {out / 'accuracy.png'}")

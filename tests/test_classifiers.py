@@ -1,0 +1,192 @@
+"""Classifiers on data sets: certified, resumed, recomputed, from the library and the shell."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from robustrl.classifiers import certify_images, load_classifier, load_images, verify_images
+from robustrl.errors import CertificateError, ChunkError
+from robustrl.noise import Gaussian, Uniform
+from robustrl.report.accuracy import AccuracyReport
+
+GENERATOR = np.random.default_rng(0)
+X = GENERATOR.normal(size=(12, 1, 2, 2)).astype(np.float32)
+Y = (X.reshape(12, -1)[:, 0] > 0).astype(np.int64)
+
+
+def sign() -> nn.Module:
+    """Class 1 where the first pixel is positive."""
+    linear = nn.Linear(4, 2)
+    linear.weight.data = torch.tensor([[-1.0, 0, 0, 0], [1.0, 0, 0, 0]])
+    linear.bias.data = torch.zeros(2)
+    return nn.Sequential(nn.Flatten(), linear)
+
+
+def certified(**options: Any) -> AccuracyReport:
+    return certify_images(sign(), X, Y, Gaussian(0.3), **({"n": 2000} | options))
+
+
+def test_radii_are_distances_to_the_boundary_from_below() -> None:
+    report = certified()
+    margins = np.abs(X.reshape(12, -1)[:, 0])
+    for row in report.rows:
+        assert row.prediction in (-1, row.label)
+        assert row.radius < margins[row.idx]
+        assert row.radius > min(margins[row.idx], 0.8) - 0.12 or row.prediction == -1
+
+
+def test_an_inputs_certificate_depends_on_its_own_draws_alone() -> None:
+    everything, few = certified(), certified(skip=3)
+    assert [row.idx for row in few.rows] == [0, 3, 6, 9]
+    assert [row.radius for row in few.rows] == [everything.rows[i].radius for i in (0, 3, 6, 9)]
+
+
+@pytest.mark.parametrize("method", ["one-sided", "two-sided", "second-order", "dipole"])
+def test_a_folder_recomputes_from_its_evidence(tmp_path: Path, method: str) -> None:
+    report = certified(folder=tmp_path, method=method, norm=float("inf") if method == "one-sided" else None)
+    assert [row[:4] for row in verify_images(tmp_path).rows] == [row[:4] for row in report.rows]
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after"),
+    [("log.tsv", "\t0.", "\t1."), ("evidence.jsonl", '"n": 2000', '"n": 1999'), ("evidence.jsonl", '"idx": 3', '"idx": 4')],
+)
+def test_edited_logs_and_evidence_do_not_verify(tmp_path: Path, file: str, before: str, after: str) -> None:
+    certified(folder=tmp_path)
+    text = (tmp_path / file).read_text()
+    assert before in text
+    (tmp_path / file).write_text(text.replace(before, after, 1))
+    with pytest.raises(CertificateError, match="input"):
+        verify_images(tmp_path)
+
+
+@pytest.mark.parametrize("cut", ["log.tsv", "evidence.jsonl"])
+def test_an_interrupted_run_goes_on_and_ends_the_same(tmp_path: Path, cut: str) -> None:
+    whole = certified(folder=tmp_path / "whole")
+    certified(folder=tmp_path / "cut")
+    lines = (tmp_path / "cut" / cut).read_text().splitlines(keepends=True)
+    (tmp_path / "cut" / cut).write_text("".join(lines[:6]) + lines[6][:5])  # in the middle of a line
+    again = certified(folder=tmp_path / "cut")
+    assert [row[:4] for row in again.rows] == [row[:4] for row in whole.rows]
+    assert (tmp_path / "cut" / "evidence.jsonl").read_text() == (tmp_path / "whole" / "evidence.jsonl").read_text()
+    verify_images(tmp_path / "cut")
+
+
+def test_another_run_does_not_go_on_from_a_folder(tmp_path: Path) -> None:
+    certified(folder=tmp_path)
+    for changes in ({"n": 3000}, {"alpha": 0.01}, {"seed": 1}, {"method": "dipole"}):
+        with pytest.raises(ChunkError, match="another run"):
+            certified(folder=tmp_path, **changes)
+
+
+def test_alpha_total_is_split_over_all_inputs(tmp_path: Path) -> None:
+    certified(folder=tmp_path, alpha_total=0.12)
+    assert json.loads((tmp_path / "settings.json").read_text())["alpha"] == pytest.approx(0.01)
+
+
+# ------------------------------------------------------------------------------------------------ data and models
+
+
+def test_inputs_come_from_npz_npy_and_folders_of_pictures(tmp_path: Path) -> None:
+    bytes_ = GENERATOR.integers(0, 256, size=(6, 1, 5, 5), dtype=np.uint8)
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    np.savez(tmp_path / "a.npz", images=bytes_, labels=labels)
+    np.save(tmp_path / "b.npy", bytes_)
+    np.save(tmp_path / "b_labels.npy", labels)
+    for name in ("cat", "dog"):
+        (tmp_path / "c" / name).mkdir(parents=True)
+    for i, (picture, label) in enumerate(zip(bytes_, labels, strict=True)):
+        Image.fromarray(picture[0]).save(tmp_path / "c" / ("cat", "dog")[label] / f"{i}.png")
+    for source in ("a.npz", "b.npy", "c"):
+        x, y = load_images(tmp_path / source)
+        assert x.dtype == np.float32
+        assert np.array_equal(x, (bytes_ / 255).astype(np.float32))
+        assert y.tolist() == labels.tolist()
+    assert load_images(tmp_path / "a.npz", scale=1)[0].max() > 1
+
+
+def test_coloured_pictures_have_their_channels_first(tmp_path: Path) -> None:
+    (tmp_path / "c" / "x").mkdir(parents=True)
+    Image.fromarray(GENERATOR.integers(0, 256, size=(4, 6, 3), dtype=np.uint8)).save(tmp_path / "c" / "x" / "0.png")
+    assert load_images(tmp_path / "c")[0].shape == (1, 3, 4, 6)
+
+
+def test_data_that_is_none_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", pixels=X)
+    np.savez(tmp_path / "b.npz", x=X, y=Y[:5])
+    np.savez(tmp_path / "c.npz", x=X, y=Y.astype(float))
+    np.save(tmp_path / "d.npy", X)
+    (tmp_path / "e").mkdir()
+    (tmp_path / "f" / "x").mkdir(parents=True)
+    for i in (4, 5):
+        Image.fromarray(np.zeros((i, i), dtype=np.uint8)).save(tmp_path / "f" / "x" / f"{i}.png")
+    for name, message in {
+        "a.npz": "must hold arrays x",
+        "b.npz": "one integer label each",
+        "c.npz": "one integer label each",
+        "d.npy": "d_labels.npy, which does not exist",
+        "e": "found none",
+        "f": "one size",
+        "g.txt": "path must be",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            load_images(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": X[:3]}, "labels N integers"),
+        ({"labels": Y.astype(float)}, "labels N integers"),
+        ({"images": np.full((12, 4), np.nan)}, "images must be finite"),
+        ({"skip": 0}, "skip must be"),
+        ({"alpha_total": 2.0}, "alpha_total must be"),
+        ({"seed": -1}, "seed must be"),
+    ],
+)
+def test_bad_input_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        certify_images(**({"model": sign(), "images": X, "labels": Y, "noise": Uniform(0.3)} | changes))
+
+
+def test_classifiers_are_found_by_name_and_take_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_networks.py").write_text("import torch\ndef small(): return torch.nn.Linear(4, 2)\nbroken = lambda: 3\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    wanted = nn.Linear(4, 2)
+    torch.save(wanted.state_dict(), tmp_path / "weights.pt")
+    found = load_classifier("my_networks:small", tmp_path / "weights.pt")
+    assert torch.equal(found.weight, wanted.weight)  # type: ignore[arg-type]
+    assert not found.training
+    for name, message in {
+        "my_networks": "package.module:callable",
+        "my_networks:none": "cannot be imported",
+        "no_such_module:x": "cannot be imported",
+        "my_networks:broken": "must give a torch.nn.Module",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            load_classifier(name)
+
+
+def test_the_shell_certifies_and_says_where_everything_is(tmp_path: Path) -> None:
+    (tmp_path / "my_networks.py").write_text(
+        "import torch\ndef small(): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))\n"
+    )
+    np.savez(tmp_path / "data.npz", x=X, y=Y)
+    words = "certify-images my_networks:small data.npz --sigma 0.3 --n 500 --out runs"
+    command = [str(Path(sys.executable).with_name("robustrl")), *words.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "ACR" in done.stdout
+    for name in ("log.tsv", "evidence.jsonl", "accuracy.png"):
+        assert (tmp_path / "runs" / name).exists()
+    verify_images(tmp_path / "runs")
