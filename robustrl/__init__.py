@@ -21,7 +21,18 @@ if TYPE_CHECKING:
     from robustrl.envs.chain import check_chain
     from robustrl.envs.hosts import add_noise
     from robustrl.envs.recipe import EnvRecipe, make_vec_env
-    from robustrl.noise import Ablation, Gaussian, Laplace, Noise, Splitting, Uniform
+    from robustrl.noise import (
+        Ablation,
+        DeterministicSplitting,
+        EntryAblation,
+        Gaussian,
+        Laplace,
+        Noise,
+        QuantisedGaussian,
+        Splitting,
+        Uniform,
+        UniformBall,
+    )
     from robustrl.policy.normalization import Normalization
     from robustrl.report.attack import AttackReport
     from robustrl.threat import Ledger, ThreatModel
@@ -34,6 +45,7 @@ __version__ = "0.1.0"
 register_envs()
 
 # Public names and where they live. Loaded on first use (PEP 562), so that `import robustrl` is quick.
+# fmt: off
 _HOMES = {
     "robustrl.api": ("attack_policy", "certify_policy", "load_agent"),
     "robustrl.certify.certificate": ("Certificate",),
@@ -48,12 +60,16 @@ _HOMES = {
     "robustrl.envs.hosts": ("add_noise",),
     "robustrl.envs.recipe": ("EnvRecipe", "make_vec_env"),
     "robustrl.policy.normalization": ("Normalization",),
-    "robustrl.noise": ("Ablation", "Gaussian", "Laplace", "Noise", "Splitting", "Uniform"),
+    "robustrl.noise": (
+        "Ablation", "DeterministicSplitting", "EntryAblation", "Gaussian", "Laplace", "Noise", "QuantisedGaussian",
+        "Splitting", "Uniform", "UniformBall",
+    ),
     "robustrl.report.attack": ("AttackReport",),
     "robustrl.threat": ("Ledger", "ThreatModel"),
     "robustrl.training.train": ("train",),
     "robustrl.verification": ("Verification", "verify_certificate"),
 }
+# fmt: on
 _MODULES = {
     "agents": "robustrl.agents",
     "attacks": "robustrl.attacks",
@@ -66,8 +82,8 @@ _MODULES = {
 _NAMES = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Ablation", "AttackReport", "Certificate", "EnvRecipe", "EpisodeCertificate", "Gaussian", "Laplace", "Ledger", "Noise", "Normalization",
-    "RadiusCertificate", "Smoothed", "Splitting", "Tally", "ThreatModel", "Uniform", "Verification", "add_noise", "agents", "attack_policy", "attacks",
+    "Ablation", "AttackReport", "Certificate", "DeterministicSplitting", "EntryAblation", "EnvRecipe", "EpisodeCertificate", "Gaussian", "Laplace", "Ledger", "Noise", "Normalization",
+    "QuantisedGaussian", "RadiusCertificate", "Smoothed", "Splitting", "Tally", "ThreatModel", "Uniform", "UniformBall", "Verification", "add_noise", "agents", "attack_policy", "attacks",
     "certify", "certify_policy", "certify_quantile", "certify_return", "certify_success", "check_chain", "envs", "episode_budget",
     "known_return_bounds", "load_agent", "make_atari_env", "make_vec_env", "plug_in_return", "policy", "presets", "radius_from_counts", "rollouts", "train",
     "verify_certificate",

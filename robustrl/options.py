@@ -26,7 +26,11 @@ Sigma = Annotated[
     float | None, typer.Option(help="Gaussian noise of this standard deviation; short for --noise gaussian:SIGMA.")
 ]
 NoiseText = Annotated[
-    str | None, typer.Option("--noise", help="gaussian:SIGMA, uniform:LAM, laplace:B, splitting:LAM,LOW,HIGH or ablation:KEEP.")
+    str | None,
+    typer.Option(
+        "--noise",
+        help="gaussian:SIGMA, uniform:LAM, laplace:B, splitting:LAM,LOW,HIGH, ablation:KEEP, deterministicsplitting:LEVELS,STEPS,LOW,HIGH, ...",
+    ),
 ]
 FrameStack = Annotated[int | None, typer.Option(help="Frames in one observation of the policy.")]
 NormalizationFile = Annotated[
@@ -118,7 +122,7 @@ def parse_noise(sigma: float | None, text: str | None) -> Noise | None:
     kinds = {key.lower(): kind for key, kind in MECHANISMS.items()}
     if name.lower() not in kinds or not rest:
         raise ValueError(f"--noise must be KIND:PARAMETERS with KIND one of {', '.join(kinds)}, got {text!r}")
-    numbers = [parse_number("--noise", part) for part in rest.split(",")]
+    numbers = [int(part) if part.strip().isdecimal() else parse_number("--noise", part) for part in rest.split(",")]
     try:
         return kinds[name.lower()](*numbers)
     except TypeError:

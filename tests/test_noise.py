@@ -13,11 +13,28 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 
-from robustrl.noise import MECHANISMS, Ablation, Gaussian, Laplace, Noise, Splitting, Uniform, noise_from_dict
+from robustrl.noise import (
+    MECHANISMS,
+    Ablation,
+    DeterministicSplitting,
+    EntryAblation,
+    Gaussian,
+    Laplace,
+    Noise,
+    QuantisedGaussian,
+    Splitting,
+    Uniform,
+    UniformBall,
+    noise_from_dict,
+)
 
 GAUSSIAN, UNEVEN = Gaussian(0.5), Gaussian((0.5, 0.0, 2.0))
 UNIFORM, SPLITTING, LAPLACE, ABLATION = Uniform(0.5), Splitting(0.5), Laplace(0.5), Ablation(0.25)
-ALL: list[Noise] = [GAUSSIAN, UNEVEN, UNIFORM, SPLITTING, LAPLACE, ABLATION]
+GRIDDED = DeterministicSplitting(21, 20)  # on the grid of 0.05, as are all the values below
+BALL, ENTRIES, INTEGERS = UniformBall(0.5, 3), EntryAblation(1, 3), QuantisedGaussian(0.5, 20)
+EPISODES: list[Noise] = [GAUSSIAN, UNEVEN, UNIFORM, SPLITTING, LAPLACE, ABLATION, GRIDDED]
+ALL: list[Noise] = [*EPISODES, BALL, ENTRIES, INTEGERS]
+COUNTING = (Ablation, EntryAblation)
 each_mechanism = pytest.mark.parametrize("noise", ALL, ids=lambda noise: noise.scale)
 
 BUDGETS = np.array([0.0, 1e-6, 0.1, 0.3, 0.5, 0.9, 1.0, 2.0, 3.7, 20.0, math.inf])
@@ -231,7 +248,9 @@ def test_slope_is_a_subgradient_everywhere(noise: Noise) -> None:
 
 
 @pytest.mark.parametrize(
-    "noise", [Gaussian(0.3), UNEVEN, Uniform(2.0), Splitting(0.1), Laplace(0.7)], ids=lambda noise: noise.scale
+    "noise",
+    [Gaussian(0.3), UNEVEN, Uniform(2.0), Splitting(0.1), Laplace(0.7), GRIDDED, BALL, UniformBall(2.0, 3072), INTEGERS],
+    ids=lambda noise: noise.scale,
 )
 @pytest.mark.parametrize("p", [0.500001, 0.6, 0.9, 0.99, 0.9999999])
 def test_radius_is_where_the_worst_case_crosses_one_half(noise: Noise, p: float) -> None:
@@ -255,8 +274,8 @@ def test_ablation_radius_is_the_last_number_of_frames_above_one_half(keep: float
 @pytest.mark.parametrize(("p_lower", "p_upper"), [(0.7, 0.2), (0.45, 0.3), (0.99, 0.005), (0.6, 0.1)])
 def test_two_sided_radius_is_where_winner_and_rival_meet(noise: Noise, p_lower: float, p_upper: float) -> None:
     radius = noise.radius(p_lower, p_upper)
-    after = radius + 1 if isinstance(noise, Ablation) else radius * (1 + 1e-6)
-    before = radius if isinstance(noise, Ablation) else radius * (1 - 1e-9)
+    after = radius + 1 if isinstance(noise, COUNTING) else radius * (1 + 1e-6)
+    before = radius if isinstance(noise, COUNTING) else radius * (1 - 1e-9)
     assert float(noise.lower(p_lower, before)) >= float(noise.upper(p_upper, before))
     assert float(noise.lower(p_lower, after)) <= float(noise.upper(p_upper, after))
 
@@ -470,7 +489,12 @@ def test_per_feature_sigma_runs_along_the_last_axis_and_leaves_zeros_alone(libra
 
 
 @pytest.mark.parametrize(
-    "noise", [GAUSSIAN, Gaussian(0.0), UNIFORM, SPLITTING, LAPLACE, Ablation(0.5)], ids=lambda noise: noise.scale
+    "noise",
+    [
+        *(GAUSSIAN, Gaussian(0.0), UNIFORM, SPLITTING, LAPLACE, Ablation(0.5), GRIDDED, INTEGERS),
+        *(UniformBall(0.5, 6), EntryAblation(2, 6)),
+    ],
+    ids=lambda noise: noise.scale,
 )
 @pytest.mark.parametrize(
     ("library", "dtype"),
@@ -499,7 +523,7 @@ def test_with_a_generator_per_frame_each_frame_draws_as_if_it_were_alone(noise: 
     def generator(seed: int) -> Any:
         return np.random.default_rng(seed) if library == "numpy" else torch.Generator().manual_seed(seed)
 
-    x: Any = np.full((3, 20, 3), 0.3) if library == "numpy" else torch.full((3, 20, 3), 0.3)
+    x: Any = np.full((3, 3), 0.3) if library == "numpy" else torch.full((3, 3), 0.3)
     together = np.asarray(noise.perturb(x, [generator(seed) for seed in (4, 5, 4)]))
     alone = [np.asarray(noise.perturb(x[:1], generator(seed)))[0] for seed in (4, 5, 4)]
     assert_array_equal(together, alone)
@@ -575,9 +599,16 @@ def test_features_without_noise_are_named_in_the_caveats() -> None:
 
 @each_mechanism
 def test_a_mechanism_refuses_scopes_it_has_no_proof_for(noise: Noise) -> None:
-    noise.require("episode")
-    with pytest.raises(ValueError, match="no proof for scope 'trajectory'"):
-        noise.require("trajectory")
+    noise.require("step")
+    with pytest.raises(ValueError, match="no proof for scope 'training-labels'"):
+        noise.require("training-labels")
+    if noise in EPISODES:
+        noise.require("episode")
+    else:
+        with pytest.raises(ValueError, match="no proof for scope 'episode'"):
+            noise.require("episode")
+        with pytest.raises(ValueError, match="has no certificate for this threat"):
+            noise.covering_budget(noise.norm, step=0.1, episode=3.0, horizon=5, n_features=3)
 
 
 # ---------------------------------------------------------------------------------------------------- bad inputs
@@ -611,6 +642,27 @@ def test_a_mechanism_refuses_scopes_it_has_no_proof_for(noise: Noise) -> None:
         (lambda: Ablation(1.0), "keep", ValueError),
         (lambda: Ablation(math.nan), "keep", ValueError),
         (lambda: Ablation(0.5, fill=math.nan), "fill", ValueError),
+        (lambda: UniformBall(0.0, 3), "lam", ValueError),
+        (lambda: UniformBall(1.0, 0), "dimension", ValueError),
+        (lambda: UniformBall(1.0, 2.5), "dimension", TypeError),  # type: ignore[arg-type]
+        (lambda: EntryAblation(0, 3), "keep", ValueError),
+        (lambda: EntryAblation(3, 3), "keep", ValueError),
+        (lambda: EntryAblation(1, 3, fill=math.inf), "fill", ValueError),
+        (lambda: QuantisedGaussian(0.0), "sigma", ValueError),
+        (lambda: QuantisedGaussian(1.0, 5000), "sigma", ValueError),
+        (lambda: QuantisedGaussian(math.nan), "sigma", ValueError),
+        (lambda: QuantisedGaussian(0.1, 0), "quantisation", ValueError),
+        (lambda: QuantisedGaussian(0.1, low=1.0), "high", ValueError),
+        (lambda: QuantisedGaussian(0.1, low=(0.0, 0.0)), "low", TypeError),  # type: ignore[arg-type]
+        (lambda: DeterministicSplitting(1), "levels", ValueError),
+        (lambda: DeterministicSplitting(2**24 + 1), "levels", ValueError),
+        (lambda: DeterministicSplitting(5, 2**24 + 1), "quantisation", ValueError),
+        (lambda: DeterministicSplitting(5, 4.0), "quantisation", TypeError),  # type: ignore[arg-type]
+        (lambda: DeterministicSplitting(5, low=math.nan), "low", ValueError),
+        (lambda: DeterministicSplitting(5, low=()), "low", ValueError),
+        (lambda: DeterministicSplitting(5, low=(0.0, 0.0), high=(1.0, 0.0)), "high", ValueError),
+        (lambda: DeterministicSplitting(5, low=(0.0, 0.0), high=(1.0, 1.0, 1.0)), "high", ValueError),
+        (lambda: DeterministicSplitting(5, seed=-1), "seed", ValueError),
     ],
 )
 def test_bad_parameters_are_refused_by_name(build: Any, name: str, kind: type[Exception]) -> None:

@@ -1,6 +1,18 @@
 """Who acts."""
 
+from robustrl.agents.cloning import BehaviourCloning, FourierFeatures
 from robustrl.agents.smoothed import SmoothedAgent
+from robustrl.agents.split import DeterministicSplitAgent, SplitEpisode, play_episode
 from robustrl.agents.voting import ActionInterval, MajorityVoteAgent, MedianAgent
 
-__all__ = ["ActionInterval", "MajorityVoteAgent", "MedianAgent", "SmoothedAgent"]
+__all__ = [
+    "ActionInterval",
+    "BehaviourCloning",
+    "DeterministicSplitAgent",
+    "FourierFeatures",
+    "MajorityVoteAgent",
+    "MedianAgent",
+    "SmoothedAgent",
+    "SplitEpisode",
+    "play_episode",
+]

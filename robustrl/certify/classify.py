@@ -14,8 +14,9 @@ from robustrl.certify.radius import ABSTAIN, RadiusCertificate, Scope
 from robustrl.certify.sampling import Counts, Smoothed, Tally
 from robustrl.certify.second_order import SplitMeans
 from robustrl.certify.sequential import log_wealth, threshold
+from robustrl.certify.splitting import count_votes
 from robustrl.errors import check_alpha, check_choice, check_count
-from robustrl.noise import Noise
+from robustrl.noise import DeterministicSplitting, Noise
 
 
 def predict(smoothed: Smoothed, x: Any, n: int = 1000, alpha: float = 0.001) -> Counts:
@@ -65,7 +66,8 @@ def certify(
         n0: copies that choose the class.
         n: copies that give the evidence.
         alpha: failure probability of each certificate.
-        method: "one-sided", "two-sided", "second-order", "second-order-pairs", "dipole" or "values"; see `methods`.
+        method: "one-sided", "two-sided", "second-order", "second-order-pairs", "dipole" or "values"; or "splitting" for the exact
+            votes of a `DeterministicSplitting`, which samples nothing (alpha, n0 and n do not count). See `methods`.
         norm: of the radius; default the noise's own.
         alpha_total: failure probability of all certificates together, in place of `alpha`.
         scope: "input", or "step" for a policy.
@@ -76,13 +78,15 @@ def certify(
     Source: Cohen, Rosenfeld, Kolter (ICML 2019), arXiv:1902.02918; two-sided with the level split over all classes; second
         order and dipole: arXiv:2010.10549.
     """
-    judge = method_for(method, scope)
-    if judge.exact or method == "sequential":
-        raise ValueError(f"method must be a sampled one with a fixed n, got {method!r}: that has a function of its own")
+    method_for(method, scope)
+    if method in ("sequential", "splitting-trajectory"):
+        raise ValueError(f"method must be about one input with a fixed n, got {method!r}: that has a function of its own")
     if scope in ("input", "step"):
         smoothed.noise.require(scope)
     check_count("n0", n0)
     inputs = smoothed.inputs(x)
+    if method == "splitting":
+        return _exactly(smoothed, inputs, scope)
     level = check_alpha(alpha) if alpha_total is None else check_alpha(alpha_total, "alpha_total") / len(inputs)
     if method in ("one-sided", "dipole", "second-order") and level ** (1 / n) <= 0.5:
         warnings.warn(f"n = {n} samples can never certify at alpha = {level}: every input abstains", stacklevel=3)
@@ -109,6 +113,18 @@ def certify(
             noise=smoothed.noise,
         )
         for i, c in enumerate(classes)
+    ]
+
+
+def _exactly(smoothed: Smoothed, inputs: Any, scope: str) -> list[RadiusCertificate]:
+    """Votes of all noisy copies, where there are finitely many."""
+    noise = smoothed.noise
+    if not isinstance(noise, DeterministicSplitting):
+        raise ValueError(f"noise must be a DeterministicSplitting for method 'splitting', got {noise}")
+    with smoothed.evaluating() as scores:
+        votes = count_votes(scores, inputs, noise, batch_size=smoothed.batch_size)
+    return [
+        certified("splitting", {"counts": counts.tolist()}, alpha=0.0, norm=1, scope=scope, noise=noise) for counts in votes
     ]
 
 

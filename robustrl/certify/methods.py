@@ -1,19 +1,19 @@
 """Which method proves what: the table that every certificate of a radius is checked against.
 
-==================  =====================================  ===========================================================
-method              about                                  evidence
-==================  =====================================  ===========================================================
-one-sided           input, step                            how often the class was taken
-two-sided           input, step                            the counts of all classes
-sequential          input, step                            counts up to a stopping time
-second-order        input, step                            the same, and the gradient of its probability (Gaussian)
-second-order-pairs  input, step                            the same with the original estimate of the gradient
-dipole              input, step                            counts of antithetic pairs (Gaussian)
-values              input, step                            means of bounded scores
-splitting           input, step, trajectory                votes of all offsets; nothing is sampled
-bands               input, step, trajectory                votes of all bands; nothing is sampled
-label-flips         training-labels                        log-probability of losing the vote; nothing is sampled
-==================  =====================================  ===========================================================
+====================  ===============  ===========================================================
+method                about            evidence
+====================  ===============  ===========================================================
+one-sided             input, step      how often the class was taken
+two-sided             input, step      the counts of all classes
+sequential            input, step      counts up to a stopping time
+second-order          input, step      a count, and the gradient of its probability (Gaussian)
+second-order-pairs    input, step      the same with the original estimate of the gradient
+dipole                input, step      counts of antithetic pairs (Gaussian)
+values                input, step      means of bounded scores
+splitting             input, step      votes of all offsets; nothing is sampled
+splitting-trajectory  trajectory       the same at every step; nothing is sampled
+label-flips           training-labels  integer votes of the training examples; nothing is sampled
+====================  ===============  ===========================================================
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from robustrl.certify.confidence import clopper_pearson_lower, clopper_pearson_upper
+from robustrl.certify.labels import label_flip_certificate
 from robustrl.certify.radius import ABSTAIN, Verdict
 from robustrl.certify.second_order import recompute_dipole, recompute_second_order
 from robustrl.certify.sequential import log_wealth, threshold
+from robustrl.certify.splitting import verify_splitting, verify_trajectory
 from robustrl.errors import check_alpha, check_count, check_positive, check_real
 from robustrl.noise import Noise
 
@@ -37,13 +39,12 @@ if TYPE_CHECKING:
 Evidence = dict[str, Any]
 
 SAMPLED = frozenset({"input", "step"})
-EXACT = frozenset({"input", "step", "trajectory"})
 
 NO_PROOF = {
     "episode": "it is about one input fixed beforehand; an attacker of several steps adapts to the noise it has seen. The return of "
     "an agent with one noise draw per step is certified by certify_return and certify_policy",
-    "trajectory": "the votes of a sampled method can err at every step of the attacked run too. Take an exact method "
-    "(splitting), or scope 'step'",
+    "trajectory": "the votes of a sampled method can err at every step of the attacked run too. Take scope 'step', or an agent whose "
+    "votes are exact (DeterministicSplitAgent)",
     "training-labels": "it is about the input, not about the labels that were learned from: see robustrl.certify.labels",
     "input": "it is about the labels that were learned from, not about the input",
     "step": "it is about the labels that were learned from, not about the observation",
@@ -95,7 +96,10 @@ def exclusions(certificate: RadiusCertificate) -> tuple[str, ...]:
     method = METHODS[certificate.method]
     sentences = ["Attacks of the radius or more (norm 0: of more than it)."]
     if certificate.scope == "training-labels":
-        sentences.append("Changes to the features of the training data, or to anything but labels.")
+        sentences += [
+            "Changed, added or removed examples; features or hyperparameters that were chosen by the labels.",
+            "Changes of the environment, or of what the agent observes.",
+        ]
     if not method.exact:
         sentences += [
             "Deployed votes: the class is that of infinitely many noises; a vote of finitely many can err on its own.",
@@ -194,6 +198,31 @@ def _l2(noise: Noise | None, norm: float) -> Noise:
     return _needed(noise)
 
 
+def _splitting(evidence: Evidence, noise: Noise | None, alpha: float, norm: float) -> Verdict:
+    prediction, radius, _ = verify_splitting(evidence, _l1(noise, norm), alpha)
+    return Verdict(prediction, radius)
+
+
+def _trajectory(evidence: Evidence, noise: Noise | None, alpha: float, norm: float) -> Verdict:
+    """The prediction is the number of steps."""
+    length, radius, _ = verify_trajectory(evidence, _l1(noise, norm), alpha)
+    return Verdict(length, radius)
+
+
+def _l1(noise: Noise | None, norm: float) -> Noise:
+    if norm != 1:
+        raise ValueError(f"norm must be 1 for splitting certificates, got {norm:g}")
+    return _needed(noise)
+
+
+def _label_flips(evidence: Evidence, noise: Noise | None, alpha: float, norm: float) -> Verdict:
+    """Norm 0: how many labels may be flipped."""
+    if norm != 0 or noise is not None:
+        raise ValueError(f"norm must be 0 and noise None for label flips, got {norm:g} and {noise}")
+    prediction, radius, abstained = label_flip_certificate(evidence)
+    return Verdict(ABSTAIN, 0.0) if abstained else Verdict(prediction, radius)
+
+
 METHODS: dict[str, Method] = {
     "one-sided": Method(_one_sided),
     "two-sided": Method(_two_sided),
@@ -202,5 +231,8 @@ METHODS: dict[str, Method] = {
     "second-order-pairs": Method(_second_order),
     "dipole": Method(_dipole),
     "values": Method(_values),
+    "splitting": Method(_splitting, exact=True),
+    "splitting-trajectory": Method(_trajectory, frozenset({"trajectory"}), exact=True),
+    "label-flips": Method(_label_flips, frozenset({"training-labels"}), exact=True),
 }
 """Every method by name."""

@@ -219,7 +219,7 @@ def second_order_radius(p_lower: float, gradient_upper: float, *, failure: float
 def dipole_radius(s_lower: float, n_lower: float) -> float:
     """Radius, over sigma, within which a class keeps probability above 1/2, from what pairs (Z, -Z) give.
 
-    The worst case has both members near the origin, |u| < z((1+S)/2), and one-sided pairs far out on the side that the
+    The worst case has both members near the origin, abs(u) < z((1+S)/2), and one-sided pairs far out on the side that the
     perturbation leaves, u < z(N). Never below Cohen's z(S + N), and equal to it if S + 2N = 1.
 
     Args:
@@ -307,7 +307,7 @@ def _deviation(n: int, alpha: float) -> float:
 def _log_mgf(rate: np.ndarray) -> np.ndarray:
     """Upper bound of log E exp(l (X - E X)) over all A, X = (1_A - 1/2) <Z, w>, at l = `rate`: a dual of the worst case.
 
-    The bound holds for every cut; the worst A is nearly {|u| > cut and u > 0, or |u| < cut and u < 0} with this one.
+    The bound holds for every cut; the worst A is nearly {abs(u) > cut and u > 0, or abs(u) < cut and u < 0} with this one.
     """
     cut = math.sqrt(2 * math.log(2)) + rate / 5
     level = np.sinh(rate * cut / 2) / (rate * cut / 2)

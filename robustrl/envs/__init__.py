@@ -8,7 +8,17 @@ A wrapper has one name for its three hosts: `NoiseObservation` here wraps a `gym
 from robustrl.envs.bounds import known_return_bounds
 from robustrl.envs.chain import Chain, check_chain
 from robustrl.envs.hosts import add_noise
+from robustrl.envs.quantise import QuantiseObservation
 from robustrl.envs.recipe import EnvRecipe, make_vec_env
 from robustrl.envs.single import NoiseObservation
 
-__all__ = ["Chain", "EnvRecipe", "NoiseObservation", "add_noise", "check_chain", "known_return_bounds", "make_vec_env"]
+__all__ = [
+    "Chain",
+    "EnvRecipe",
+    "NoiseObservation",
+    "QuantiseObservation",
+    "add_noise",
+    "check_chain",
+    "known_return_bounds",
+    "make_vec_env",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,6 +24,15 @@ Generator = Any
 per frame of the batch, which then draws as if it were alone."""
 
 
+OUTWARD = 1e-12
+"""Relative rounding of every number that comes out of a special function or a chain of operations: against the certificate."""
+
+
+def shrunk(radius: float) -> float:
+    """A radius rounded down by `OUTWARD`."""
+    return radius * (1 - OUTWARD)
+
+
 class Noise(ABC):
     """A noise mechanism: how frames are perturbed, and what is proven about it."""
 
@@ -31,6 +40,8 @@ class Noise(ABC):
     """Norm of the budget: 0 (altered whole frames), 1 or 2."""
     scopes: ClassVar[frozenset[str]] = frozenset({"input", "step", "episode"})
     """What the proof covers; `require` refuses everything else."""
+    fp_model: ClassVar[Literal["real", "exact"]] = "real"
+    """The arithmetic of the proof: "real" numbers, or "exact" for the floating-point program that runs."""
 
     @abstractmethod
     def perturb(self, x: Frames, generator: Generator) -> Frames:
@@ -81,6 +92,44 @@ class Noise(ABC):
         Raises:
             ValueError: if a probability is outside [0, 1].
         """
+
+    def radius_in(self, norm: float, p_lower: float, p_upper: float | None = None, *, dimension: int) -> float:
+        """`radius` of one input in any norm for which there is a proof.
+
+        By default from the mechanism's own norm q: ||e||_q <= d^max(0, 1/q - 1/p) ||e||_p. Rounded down (by 1e-12 of it).
+
+        Args:
+            norm: 0, 1, 2 or inf.
+            p_lower: see `radius`.
+            p_upper: see `radius`.
+            dimension: entries of the input, frame stack included.
+        Raises:
+            ValueError: if there is no proof for that norm, or a number is out of range.
+        """
+        check_choice("norm", norm, (0, 1, 2, math.inf))
+        check_count("dimension", dimension)
+        return self._converted(self.radius(p_lower, p_upper), norm, dimension)
+
+    def _converted(self, radius: float, norm: float, dimension: int) -> float:
+        """A radius of the mechanism's own norm in another one; see `radius_in`."""
+        if norm == self.norm:
+            return radius
+        if 0 in (norm, self.norm):
+            kind = type(self).__name__
+            raise ValueError(
+                f"{kind} has no radius in norm {norm}: a few entries can change without limit"
+                if norm == 0
+                else f"{kind} has no radius in norm {norm}: its own norm 0 counts altered entries, however little they change"
+            )
+        return shrunk(radius / dimension ** max(0.0, 1 / self.norm - 1 / norm))
+
+    def _crossing(self, p_lower: float, p_upper: float, high: float) -> float:
+        """Largest budget in [0, high], by bisection from below, at which lower(p_lower) >= upper(p_upper)."""
+        low = 0.0
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.lower(p_lower, middle) >= self.upper(p_upper, middle) else (low, middle)
+        return low
 
     def covering_budget(
         self, norm: float, *, step: float | None, episode: float | None, horizon: int, n_features: int

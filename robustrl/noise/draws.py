@@ -74,6 +74,24 @@ def uniform(x: Any, generator: Any) -> Any:
     return _filled(x.new_empty(x.shape, dtype=wide), generator, lambda out, one: out.uniform_(generator=one))
 
 
+BITS = 60
+"""Of every random integer: 2^60 divides 2^64, so that both libraries' integers below it are exactly uniform."""
+
+
+def integers(x: Any, generator: Any) -> Any:
+    """Uniform integers in [0, 2^60), int64, in the shape of `x`."""
+    if isinstance(x, np.ndarray):
+
+        def fill(out: Any, one: Any) -> None:
+            out[...] = one.integers(2**BITS, size=out.shape)
+
+        return _filled(np.empty(x.shape, dtype=np.int64), generator, fill)
+    import torch
+
+    drawn = x.new_empty(x.shape, dtype=torch.int64)
+    return _filled(drawn, generator, lambda out, one: out.random_(0, 2**BITS, generator=one))
+
+
 def _filled(drawn: Any, generator: Any, fill: Callable[[Any, Any], Any]) -> Any:
     """`drawn`, filled by one generator, or row by row by one each."""
     if isinstance(generator, list):

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr, ndtri
 
 from robustrl.errors import check_budget, check_probability, check_real
-from robustrl.noise.base import Floats, Frames, Generator, Noise
+from robustrl.noise.base import Floats, Frames, Generator, Noise, shrunk
 from robustrl.noise.draws import check_frames, like, rounded, standard_normal
 
 
@@ -112,6 +112,11 @@ class Gaussian(Noise):
         elif norm == math.inf and step is not None:
             bounds.append(step * math.sqrt(horizon * self._effective_features(n_features)))
         return bounds
+
+    def _converted(self, radius: float, norm: float, dimension: int) -> float:
+        if norm == math.inf:
+            return shrunk(radius / math.sqrt(self._effective_features(dimension)))
+        return super()._converted(radius, norm, dimension)
 
     def _effective_features(self, n_features: int) -> float:
         """Sum of (smallest / sigma_i)^2 over the attackable entries of a frame: their number if all sigmas are equal."""

@@ -70,13 +70,7 @@ class Laplace(Noise):
         p_upper = float(check_probability("p_upper", p_upper))
         if p_lower <= p_upper:
             return 0.0
-        low, high = 0.0, self.b
-        while self.lower(p_lower, high) >= self.upper(p_upper, high) and high < 1e3 * self.b:
-            low, high = high, 2 * high
-        for _ in range(80):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.lower(p_lower, middle) >= self.upper(p_upper, middle) else (low, middle)
-        return low
+        return self._crossing(p_lower, p_upper, 1e3 * self.b)
 
     def _covering_budgets(
         self, norm: float, step: float | None, episode: float | None, horizon: int, n_features: int

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from robustrl.errors import check_budget, check_positive, check_probability, check_real
-from robustrl.noise.base import Floats, Frames, Generator, Noise
+from robustrl.noise.base import Floats, Frames, Generator, Noise, shrunk
 from robustrl.noise.draws import check_frames, like, namespace, rounded, uniform
 
 
@@ -52,8 +52,22 @@ class TotalVariationL1(TotalVariation):
         return l1_covering_budgets(norm, step, episode, horizon, n_features)
 
 
+class IndependentL1(TotalVariationL1):
+    """The l1 members that treat every entry on its own, with noise of its own.
+
+    An attack e is noticed with probability at most 1 - prod_i (1 - |e_i| / (2 lam)), which in norm inf is larger by far than
+    what follows from the l1 radius: R_inf = 2 lam (1 - (1 - (p_lower - p_upper) / 2)^(1/d)), exact for uniform noise.
+    """
+
+    def _converted(self, radius: float, norm: float, dimension: int) -> float:
+        if norm != math.inf:
+            return super()._converted(radius, norm, dimension)
+        noticed = radius / (2 * self.lam)  # (p_lower - p_upper) / 2
+        return shrunk(-2 * self.lam * math.expm1(math.log1p(-noticed) / dimension))
+
+
 @dataclass(frozen=True)
-class Uniform(TotalVariationL1):
+class Uniform(IndependentL1):
     """Independent uniform noise on [-lam, lam], fresh at every step; l1 budgets.
 
     Args:
@@ -78,7 +92,7 @@ class Uniform(TotalVariationL1):
 
 
 @dataclass(frozen=True)
-class Splitting(TotalVariationL1):
+class Splitting(IndependentL1):
     """Splitting noise (SSN) with a fresh split per coordinate and step; l1 budgets.
 
     Every coordinate is replaced by the midpoint of the cell it falls in, for cells of width 2 lam cut at a random

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from scipy import optimize
 from scipy.stats import norm as normal
 from torch import Tensor, nn
@@ -333,6 +334,56 @@ def test_impossible_certificates_cannot_be_made(changes: dict[str, Any], message
     certificate = radius_from_counts(UNIT, 990, 1000, alpha=0.05)
     with pytest.raises(ValueError, match=message):
         replace(certificate, **changes)
+
+
+# ------------------------------------------------------------------------------------------------ exact methods
+
+
+def test_exact_votes_are_the_same_three_lines() -> None:
+    noise = rrl.DeterministicSplitting(levels=5, quantisation=4)
+    smoothed = rrl.Smoothed(half_space(np.ones(3), -1.2), noise)
+    x = np.array([[1, 3, 0], [4, 4, 4]]) / 4
+    found = smoothed.certify(x, method="splitting")
+    assert [c.alpha for c in found] == [0, 0]
+    assert [c.fp_model for c in found] == ["exact", "exact"]
+    for certificate in found:
+        certificate.verify()
+        assert sum(certificate.evidence["counts"]) == 5
+        assert certificate.radius * 4 == round(certificate.radius * 4)
+        assert "certain" in certificate.table()
+    with pytest.raises(ValueError, match="noise must be a DeterministicSplitting"):
+        rrl.Smoothed(half_space(np.ones(3), 1.0), UNIT).certify(x, method="splitting")
+
+
+def test_exact_votes_survive_a_file_and_refuse_a_forgery(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    noise = rrl.DeterministicSplitting(levels=7, quantisation=4)
+    certificate = rrl.Smoothed(half_space(np.ones(3), -1.0), noise).certify(np.ones((1, 3)), method="splitting")[0]
+    certificate.save(tmp_path / "c.json")
+    assert Certificate.load(tmp_path / "c.json") == certificate
+    rrl.verify_certificate(tmp_path / "c.json")
+    for changes in ({"evidence": {"counts": [0, 8]}}, {"radius": 2.0}, {"alpha": 0.0, "norm": 2}):
+        with pytest.raises(CertificateError):
+            replace(certificate, **changes).verify()
+    with pytest.raises(ValueError, match="alpha must be 0"):
+        replace(certificate, alpha=0.01)
+    for scope in ("trajectory", "training-labels"):
+        with pytest.raises(ValueError, match="no proof for scope"):
+            replace(certificate, scope=scope)
+
+
+def test_a_cloned_agents_certificate_counts_labels(tmp_path: Path) -> None:
+    observations = np.random.default_rng(0).normal(size=(60, 2))
+    both = spaces.Box(-5, 5, (2,)), spaces.Discrete(2)
+    agent = rrl.agents.BehaviourCloning(*both, n_features=16).learn(observations, (observations[:, 0] > 0).astype(int))
+    certificate = agent.certificate(np.array([1.5, 0.0]))
+    assert (certificate.prediction, certificate.norm, certificate.scope, certificate.alpha) == (1, 0, "training-labels", 0)
+    assert certificate.radius == agent.radius(np.array([1.5, 0.0]))
+    certificate.verify()
+    certificate.save(tmp_path / "c.json")
+    rrl.verify_certificate(tmp_path / "c.json")
+    assert any("added or removed examples" in sentence for sentence in certificate.not_covered)
 
 
 # ------------------------------------------------------------------------------------------------ sequential
