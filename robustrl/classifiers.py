@@ -26,6 +26,7 @@ from robustrl.rollouts.progress import progress_bar
 Images = NDArray[np.float32]
 Labels = NDArray[np.int64]
 
+EVIDENCE = "evidence.jsonl"
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
@@ -121,7 +122,7 @@ class _Log:
         if (self.folder / "log.tsv").exists():
             with open(self.folder / "log.tsv", encoding="utf-8", newline="") as lines:
                 self.rows = read_rows(lines)
-        evidence = self.folder / "evidence.jsonl"
+        evidence = self.folder / EVIDENCE
         kept = evidence.read_text(encoding="utf-8").split("\n")[:-1] if evidence.exists() else []
         self.rows = self.rows[: len(kept)]
         write_atomically(evidence, "".join(line + "\n" for line in kept[: len(self.rows)]).encode())
@@ -134,7 +135,7 @@ class _Log:
         if self.folder is None:
             return
         stated = {"idx": row.idx, "prediction": certificate.prediction, "radius": certificate.radius, **certificate.evidence}
-        for name, line in (("evidence.jsonl", json.dumps(stated)), ("log.tsv", row.line())):
+        for name, line in ((EVIDENCE, json.dumps(stated)), ("log.tsv", row.line())):
             with open(self.folder / name, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
@@ -150,7 +151,7 @@ def verify_images(folder: str | os.PathLike[str]) -> AccuracyReport:
     settings = json.loads((home / "settings.json").read_text(encoding="utf-8"))
     noise, norm = noise_from_dict(settings["noise"]), float(settings["norm"])
     report = AccuracyReport.read_log(home / "log.tsv", norm)
-    lines = (home / "evidence.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (home / EVIDENCE).read_text(encoding="utf-8").splitlines()
     if len(lines) != len(report):
         raise CertificateError(f"{home}: the log has {len(report)} inputs, the evidence {len(lines)}")
     for row, line in zip(report.rows, lines, strict=True):

@@ -189,4 +189,5 @@ def test_the_shell_certifies_and_says_where_everything_is(tmp_path: Path) -> Non
     assert "ACR" in done.stdout
     for name in ("log.tsv", "evidence.jsonl", "accuracy.png"):
         assert (tmp_path / "runs" / name).exists()
-    verify_images(tmp_path / "runs")
+    again = subprocess.run([command[0], "verify", "runs"], cwd=tmp_path, capture_output=True, text=True)
+    assert "verified: the radii of all 12 inputs" in again.stdout, again.stderr

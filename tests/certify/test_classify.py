@@ -19,6 +19,7 @@ from robustrl.certify.certificate import Certificate
 from robustrl.certify.classify import certified, radius_from_counts
 from robustrl.certify.methods import METHODS, NO_PROOF
 from robustrl.certify.radius import ABSTAIN, RadiusCertificate
+from robustrl.certify.sequential import log_wealth
 from robustrl.errors import CertificateError
 from robustrl.noise import Gaussian, Laplace, Noise, Uniform
 
@@ -97,6 +98,13 @@ def test_the_level_is_split_over_all_rivals_not_given_to_the_runner_up() -> None
     evidence = {"selection": [10, *[0] * 10], "counts": counts, "n": 10_000}
     found = certified("two-sided", evidence, alpha=0.01, norm=2, scope="input", noise=UNIT)
     assert found.p_upper == pytest.approx(float(rrl.certify.confidence.clopper_pearson_upper(500, 10_000, 0.01 / 20)))
+
+
+@pytest.mark.parametrize("counts", [[6000, 1000, 2999], [6000, 1000, 3001], [10_000], [12_000, -2000, 0]])
+def test_counts_that_do_not_add_up_are_no_evidence(counts: list[int]) -> None:
+    evidence = {"selection": [10, 0, 0], "counts": counts, "n": 10_000}
+    with pytest.raises(ValueError, match="must hold"):
+        certified("two-sided", evidence, alpha=0.01, norm=2, scope="input", noise=UNIT)
 
 
 def test_mean_scores_give_the_published_radius() -> None:
@@ -414,6 +422,18 @@ def test_wrong_decisions_are_as_rare_as_stated() -> None:
     said = [c.evidence["answer"] for c in found]
     assert said.count("yes") <= 50 + 3 * math.sqrt(50)
     assert said.count("yes") >= 3
+
+
+def test_a_decision_needs_twice_the_odds_of_its_level_as_there_are_two_bettors() -> None:
+    level = normal.cdf(1.0)
+    above = {n: float(log_wealth(n, n, level)[0]) for n in range(1, 60)}
+    alpha = 0.01
+    barely = next(n for n, wealth in above.items() if wealth >= -math.log(alpha))
+    enough = next(n for n, wealth in above.items() if wealth >= -math.log(alpha / 2))
+    assert barely < enough
+    for n, says in ((barely, ABSTAIN), (enough, 1)):
+        evidence = {"selection": [0, 9], "count": n, "n": n, "radius": 1.0}
+        assert certified("sequential", evidence, alpha=alpha, norm=2, scope="input", noise=UNIT).prediction == says
 
 
 def test_a_forged_decision_does_not_verify() -> None:

@@ -263,7 +263,8 @@ def test_inputs_that_are_none_are_refused(x: Any, kind: type[Exception], message
 
 @pytest.mark.parametrize("where", [0, 1100, 2999])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_score_that_is_not_finite_anywhere_is_refused(where: int, value: float) -> None:
+def test_a_score_that_is_not_finite_anywhere_is_refused(where: int, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "ROWS_CPU", (2, 1024))
     calls = [0]
 
     def base(rows: Tensor) -> Tensor:
