@@ -51,6 +51,12 @@ def test_an_inputs_certificate_depends_on_its_own_draws_alone() -> None:
     assert [row.radius for row in few.rows] == [everything.rows[i].radius for i in (0, 3, 6, 9)]
 
 
+def test_the_same_picture_twice_gets_noise_of_its_own(tmp_path: Path) -> None:
+    certify_images(sign(), X[[1, 1, 1]], Y[[1, 1, 1]], Gaussian(1.0), n=5000, folder=tmp_path)
+    counts = {json.loads(line)["count"] for line in (tmp_path / "evidence.jsonl").read_text().splitlines()}
+    assert len(counts) > 1
+
+
 @pytest.mark.parametrize("method", ["one-sided", "two-sided", "second-order", "dipole"])
 def test_a_folder_recomputes_from_its_evidence(tmp_path: Path, method: str) -> None:
     report = certified(folder=tmp_path, method=method, norm=float("inf") if method == "one-sided" else None)

@@ -17,6 +17,7 @@ from toys import balancer
 
 import robustrl as rrl
 from robustrl.agents import MajorityVoteAgent, MedianAgent, SmoothedAgent
+from robustrl.certify.quantiles import attacked_median_ranks
 from robustrl.policy import PolicyView
 
 NOISE = rrl.Gaussian(0.2)
@@ -126,14 +127,18 @@ def test_where_samples_say_nothing_the_interval_is_the_action_space() -> None:
     assert (interval.low.item(), interval.high.item()) == (-10, 10)
 
 
-def test_every_entry_of_an_action_has_its_share_of_alpha() -> None:
+def test_the_interval_is_made_of_order_statistics_at_every_entrys_share_of_alpha() -> None:
     space = spaces.Box(-100, 100, (3,), np.float32)
     view = PolicyView.from_torch(nn.Identity(), kind="deterministic", observation_shape=(3,), action_space=space)
-    agent = MedianAgent(view, rrl.Gaussian(1.0), votes=501, seed=0)
-    three, one = agent.interval(np.zeros(3), 0.1, alpha=0.06, n=500), MedianAgent(line(), rrl.Gaussian(1.0), votes=501)
-    single = one.interval(np.zeros(1), 0.1, alpha=0.06, n=500)
-    assert three.low.shape == (1, 3)
-    assert (three.high - three.low).mean() > (single.high - single.low).mean()
+    agent, twin = (MedianAgent(view, rrl.Gaussian(1.0), votes=501, seed=0) for _ in range(2))
+    found = agent.interval(np.zeros(3), 0.1, alpha=0.06, n=500)
+    ordered = np.sort(twin.smoothed.outputs(np.zeros((1, 3), np.float32), 500).numpy()[0].astype(float), axis=0)
+    low, high = attacked_median_ranks(500, 501, rrl.Gaussian(1.0), 0.1, 0.06 / 3)
+    assert low is not None
+    assert high is not None
+    assert (low, high) != attacked_median_ranks(500, 501, rrl.Gaussian(1.0), 0.1, 0.06)
+    assert found.low.tolist() == [ordered[low - 1].tolist()]
+    assert found.high.tolist() == [ordered[high - 1].tolist()]
 
 
 def test_a_median_agent_plays_pendulum() -> None:

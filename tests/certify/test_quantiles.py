@@ -20,6 +20,15 @@ def test_without_attack_and_with_many_votes_the_ranks_are_those_of_the_sign_test
     assert binom.cdf(low + 1, n, 0.5) > alpha / 4
 
 
+@pytest.mark.parametrize("votes", [1, 3, 11, 101])
+def test_the_middle_of_a_finite_vote_lies_where_the_binomial_says(votes: int) -> None:
+    """With endless clean samples the rank is the quantile that at most alpha/4 of the middle votes fall below."""
+    n, alpha = 10**7, 0.1
+    low, _ = attacked_median_ranks(n, votes, Gaussian(1.0), 0.0, alpha)
+    assert low is not None
+    assert binom.sf((votes - 1) // 2, votes, low / n) == pytest.approx(alpha / 4, rel=0.05)
+
+
 def test_a_large_budget_or_few_samples_bound_nothing() -> None:
     assert attacked_median_ranks(100, 101, Gaussian(1.0), 6.0, 0.01) == (None, None)
     assert attacked_median_ranks(3, 101, Gaussian(1.0), 0.0, 0.01) == (None, None)
