@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 import robustrl as rrl
-from robustrl.attacks import ActionDeviation, LowValue, GradientAttack, Spread
+from robustrl.attacks import ActionDeviation, GradientAttack, LowValue, Spread
 from robustrl.training.run_files import RunInfo
 
 ZOO = Path(__file__).parent.parent / "zoo" / "hopper-ppo-sigma0.1"

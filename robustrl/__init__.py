@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from robustrl.registration import register_envs
 
 if TYPE_CHECKING:
-    from robustrl import agents, attacks, certify, envs, policy, rollouts
+    from robustrl import agents, attacks, certify, envs, networks, policy, rollouts
     from robustrl.api import attack_policy, certify_policy, load_agent
     from robustrl.certify.certificate import Certificate
     from robustrl.certify.classify import radius_from_counts
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from robustrl.report.attack import AttackReport
     from robustrl.threat import Ledger, ThreatModel
     from robustrl.training import presets
+    from robustrl.training.denoise import denoise
     from robustrl.training.train import train
     from robustrl.verification import Verification, verify_certificate
 
@@ -66,6 +67,7 @@ _HOMES = {
     ),
     "robustrl.report.attack": ("AttackReport",),
     "robustrl.threat": ("Ledger", "ThreatModel"),
+    "robustrl.training.denoise": ("denoise",),
     "robustrl.training.train": ("train",),
     "robustrl.verification": ("Verification", "verify_certificate"),
 }
@@ -75,6 +77,7 @@ _MODULES = {
     "attacks": "robustrl.attacks",
     "certify": "robustrl.certify",
     "envs": "robustrl.envs",
+    "networks": "robustrl.networks",
     "policy": "robustrl.policy",
     "presets": "robustrl.training.presets",
     "rollouts": "robustrl.rollouts",
@@ -84,8 +87,8 @@ _NAMES = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "Ablation", "AttackReport", "Certificate", "DeterministicSplitting", "EntryAblation", "EnvRecipe", "EpisodeCertificate", "Gaussian", "Laplace", "Ledger", "Noise", "Normalization",
     "QuantisedGaussian", "RadiusCertificate", "Smoothed", "Splitting", "Tally", "ThreatModel", "Uniform", "UniformBall", "Verification", "add_noise", "agents", "attack_policy", "attacks",
-    "certify", "certify_policy", "certify_quantile", "certify_return", "certify_success", "check_chain", "envs", "episode_budget",
-    "known_return_bounds", "load_agent", "make_atari_env", "make_vec_env", "plug_in_return", "policy", "presets", "radius_from_counts", "rollouts", "train",
+    "certify", "certify_policy", "certify_quantile", "certify_return", "certify_success", "check_chain", "denoise", "envs", "episode_budget",
+    "known_return_bounds", "load_agent", "make_atari_env", "make_vec_env", "networks", "plug_in_return", "policy", "presets", "radius_from_counts", "rollouts", "train",
     "verify_certificate",
 ]  # fmt: skip
 

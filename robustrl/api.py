@@ -26,6 +26,7 @@ from robustrl.envs.bounds import known_return_bounds
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.envs.units import covering_budgets, frame_units, in_frame_units
 from robustrl.errors import check_alpha, check_choice, check_count, check_real
+from robustrl.networks import load_denoiser
 from robustrl.noise import Noise
 from robustrl.policy import Normalization
 from robustrl.policy.loading import load_model
@@ -34,7 +35,7 @@ from robustrl.rollouts.chunk import Job
 from robustrl.rollouts.collect import check_actions, collect, make_job
 from robustrl.rollouts.executor import Executor, build
 from robustrl.threat import ThreatModel
-from robustrl.training.run_files import RunInfo
+from robustrl.training.run_files import DENOISER, RunInfo
 
 
 def certify_policy(
@@ -283,15 +284,16 @@ def load_agent(
         trust: load the pickles in the file as SB3 does; only for files whose origin you know.
         device: torch device, or "auto".
     Returns:
-        the SB3 model.
+        the SB3 model; of a run with a denoiser, the `PolicyView` of both.
     Raises:
         FileNotFoundError: if there is no such file.
         UnsafeModelError: if something cannot be rebuilt without a pickle; the message names what to pass.
         ValueError: if it is no SB3 file, or does not fit the environment.
     """
-    path = Path(path)
+    path, denoiser = Path(path), None
     if path.is_dir():
         run = RunInfo.load(path)
+        denoiser = load_denoiser(path / DENOISER) if run.denoiser else None
         algo, path = algo or run.algo, path / "model.zip"
         env = run.environment(trust=trust) if env is None and run.self_contained else env
     recipe = None if env is None else EnvRecipe.of(env)
@@ -303,6 +305,11 @@ def load_agent(
         trust=trust,
         device=device,
     )
+    if denoiser is not None:
+        if recipe is None:
+            raise ValueError("env must be given: a denoised run's files cannot hold its environment (--env)")
+        frames = run.policy_frames
+        model = replace(recipe, frame_stack=frames).view(model).denoised(denoiser, denoiser.n_frames(frames))
     if recipe is not None:
         check_actions(recipe.view(model), recipe)
     return model

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import math
 import os
 import time
+from itertools import takewhile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -15,12 +18,23 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from robustrl.certify.classify import certified
-from robustrl.certify.radius import RadiusCertificate
+from robustrl.certify.methods import method_for
+from robustrl.certify.radius import SAME, RadiusCertificate
 from robustrl.certify.sampling import Smoothed
-from robustrl.errors import CertificateError, ChunkError, check_alpha, check_count, check_finite_array
+from robustrl.errors import (
+    CertificateError,
+    ChunkError,
+    UnsafeModelError,
+    check_alpha,
+    check_count,
+    check_finite_array,
+    check_positive,
+)
 from robustrl.files import write_atomically
 from robustrl.noise import Noise, noise_from_dict
+from robustrl.policy import PolicyView
 from robustrl.report.accuracy import HEADER, AccuracyReport, Row, read_rows
+from robustrl.rollouts.identity import identity
 from robustrl.rollouts.progress import progress_bar
 
 Images = NDArray[np.float32]
@@ -74,12 +88,18 @@ def certify_images(
         ValueError: for inputs and labels that do not fit, or bad numbers.
         ChunkError: if the folder holds another run.
     """
-    x, y = check_finite_array("images", images), np.asarray(labels)
-    if x.ndim < 2 or y.shape != (len(x),) or y.dtype.kind not in "iu":
-        raise ValueError(f"images must be (N, *shape) and labels N integers, got shapes {x.shape} and {y.shape}")
+    found, y = np.asarray(images), np.asarray(labels)
+    if found.dtype.kind != "f":
+        raise TypeError(
+            f"images must be floats in the units of the noise, got {found.dtype}: scale them first (load_images does)"
+        )
+    x = check_finite_array("images", found)
+    if x.ndim < 2 or y.shape != (len(x),) or y.dtype.kind not in "iu" or y.min() < 0:
+        raise ValueError(f"images must be (N, *shape) and labels N integers >= 0, got shapes {x.shape} and {y.shape}")
     chosen = range(0, len(x), check_count("skip", skip))
     check_count("seed", seed, least=0)
-    level = alpha if alpha_total is None else check_alpha(alpha_total, "alpha_total") / len(chosen)
+    exact = method_for(method, "input").exact
+    level = 0.0 if exact else alpha if alpha_total is None else check_alpha(alpha_total, "alpha_total") / len(chosen)
     own = noise.norm if norm is None else norm
     settings = {
         "noise": noise.to_dict(),
@@ -90,42 +110,67 @@ def certify_images(
         "norm": str(own),
         "skip": skip,
         "seed": seed,
+        "inputs": len(x),
+        "model": _identity(model),
+        "images": hashlib.sha256(np.ascontiguousarray(found).tobytes()).hexdigest(),
+        "labels": _digest_of([int(y[i]) for i in chosen]),
     }
-    log = _Log(folder, settings, len(x))
+    log = _Log(folder, settings, chosen)
     with progress_bar("certify", len(chosen), visible=progress) as advance:
         advance(len(log.rows))
         for i in chosen[len(log.rows) :]:
             start = time.perf_counter()
             function = Smoothed(model, noise, device=device, seed=_seed_of(seed, i), batch_size=batch_size)
-            certificate = function.certify(x[i : i + 1].astype(np.float32), n0, n, level, method=method, norm=norm)[0]
+            share = alpha if exact else level  # which exact methods do not look at
+            certificate = function.certify(found[i : i + 1], n0, n, share, method=method, norm=norm)[0]
             log.add(Row(i, int(y[i]), certificate.prediction, certificate.radius, time.perf_counter() - start), certificate)
             advance(1)
-    return AccuracyReport(tuple(log.rows), own, f"{noise.scale}, {method}, n = {n}")
+    return AccuracyReport(tuple(log.rows), own, f"{noise.scale}, {method}, {'exact' if exact else f'n = {n}'}")
+
+
+def _identity(model: Any) -> str:
+    """What tells models apart: layers and weights, or a function's code."""
+    if not isinstance(model, torch.nn.Module):
+        return PolicyView.of(model).fingerprint() if hasattr(model, "policy") else identity(model)
+    digest = hashlib.sha256(repr(model).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(np.ascontiguousarray(value.detach().cpu().numpy()).tobytes())
+    return digest.hexdigest()
+
+
+def _digest_of(labels: list[int]) -> str:
+    return hashlib.sha256(json.dumps(labels).encode()).hexdigest()
 
 
 class _Log:
     """Rows and evidence, on disk as far as they go."""
 
-    def __init__(self, folder: str | os.PathLike[str] | None, settings: dict[str, Any], size: int) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None, settings: dict[str, Any], chosen: range) -> None:
         self.rows: list[Row] = []
         self.folder = None if folder is None else Path(folder)
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        stated = {**settings, "inputs": size}
         path = self.folder / "settings.json"
-        if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(stated)):
-            raise ChunkError(
-                f"{self.folder} holds another run's certificates ({path.name}); choose another folder, or delete it"
-            )
-        write_atomically(path, json.dumps(stated, indent=1).encode())
+        if path.exists():
+            before, now = json.loads(path.read_text()), json.loads(json.dumps(settings))
+            differs = sorted(name for name in now if before.get(name) != now[name])
+            if differs:
+                raise ChunkError(
+                    f"{self.folder} holds another run's certificates (different {', '.join(differs)}); choose another folder, or "
+                    "delete it"
+                )
+        write_atomically(path, json.dumps(settings, indent=1).encode())
         if (self.folder / "log.tsv").exists():
             with open(self.folder / "log.tsv", encoding="utf-8", newline="") as lines:
                 self.rows = read_rows(lines)
         evidence = self.folder / EVIDENCE
         kept = evidence.read_text(encoding="utf-8").split("\n")[:-1] if evidence.exists() else []
-        self.rows = self.rows[: len(kept)]
-        write_atomically(evidence, "".join(line + "\n" for line in kept[: len(self.rows)]).encode())
+        pairs = zip(self.rows, kept, chosen, strict=False)
+        whole = list(takewhile(lambda each: each[0].idx == json.loads(each[1])["idx"] == each[2], pairs))
+        self.rows = [row for row, _, _ in whole]
+        write_atomically(evidence, "".join(line + "\n" for _, line, _ in whole).encode())
         write_atomically(
             self.folder / "log.tsv", "".join(f"{line}\n" for line in [HEADER, *(r.line() for r in self.rows)]).encode()
         )
@@ -134,7 +179,7 @@ class _Log:
         self.rows.append(row)
         if self.folder is None:
             return
-        stated = {"idx": row.idx, "prediction": certificate.prediction, "radius": certificate.radius, **certificate.evidence}
+        stated = {"idx": row.idx, "evidence": certificate.evidence}
         for name, line in ((EVIDENCE, json.dumps(stated)), ("log.tsv", row.line())):
             with open(self.folder / name, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
@@ -144,27 +189,41 @@ def verify_images(folder: str | os.PathLike[str]) -> AccuracyReport:
     """Recompute every radius of a folder that `certify_images` wrote from its evidence.
 
     Raises:
-        CertificateError: naming the first input whose log or evidence was edited.
+        CertificateError: naming the first input whose log or evidence was edited, or saying that inputs are missing.
         OSError: if a file is missing.
     """
     home = Path(folder)
-    settings = json.loads((home / "settings.json").read_text(encoding="utf-8"))
-    noise, norm = noise_from_dict(settings["noise"]), float(settings["norm"])
-    report = AccuracyReport.read_log(home / "log.tsv", norm)
-    lines = (home / EVIDENCE).read_text(encoding="utf-8").splitlines()
-    if len(lines) != len(report):
-        raise CertificateError(f"{home}: the log has {len(report)} inputs, the evidence {len(lines)}")
-    for row, line in zip(report.rows, lines, strict=True):
+    try:
+        settings = json.loads((home / "settings.json").read_text(encoding="utf-8"))
+        noise, norm, method, alpha = (
+            noise_from_dict(settings["noise"]),
+            float(settings["norm"]),
+            settings["method"],
+            settings["alpha"],
+        )
+        chosen, n, n0 = range(0, settings["inputs"], settings["skip"]), settings["n"], settings["n0"]
+        report = AccuracyReport.read_log(home / "log.tsv", norm)
+        stated = [json.loads(line) for line in (home / EVIDENCE).read_text(encoding="utf-8").splitlines()]
+        order = [one["idx"] for one in stated]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CertificateError(f"{home} holds no certificates of inputs that can be read: {error!r}") from None
+    if [row.idx for row in report.rows] != list(chosen) or order != list(chosen):
+        raise CertificateError(
+            f"{home}: the certificates must be of every {chosen.step}. of {chosen.stop} inputs, in order; the log has "
+            f"{len(report)}, the evidence {len(order)} (an interrupted run goes on when it is repeated)"
+        )
+    if _digest_of([row.label for row in report.rows]) != settings["labels"]:
+        raise CertificateError(f"{home}: the labels are not those of the run")
+    for row, one in zip(report.rows, stated, strict=True):
         try:
-            stated = json.loads(line)
-            evidence = {key: value for key, value in stated.items() if key not in ("idx", "radius", "prediction")}
-            if settings["method"] == "values":
-                evidence["prediction"] = stated["prediction"]
-            fresh = certified(settings["method"], evidence, alpha=settings["alpha"], norm=norm, scope="input", noise=noise)
-        except (KeyError, TypeError, ValueError) as error:
+            evidence = dict(one["evidence"])
+            fresh = certified(method, evidence, alpha=alpha, norm=norm, scope="input", noise=noise)
+            drawn = evidence["n"] if "n" in evidence else 2 * evidence.get("n_pairs", n / 2)
+            if drawn != n or sum(evidence.get("selection", [n0])) != n0:
+                raise ValueError(f"it has another number of copies than the run's {n0} and {n}")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CertificateError(f"{home}: input {row.idx} cannot be recomputed from its evidence: {error!r}") from None
-        same = math.isclose(fresh.radius, row.radius, rel_tol=1e-9, abs_tol=1e-13) and fresh.prediction == row.prediction
-        if not same or stated["idx"] != row.idx or evidence["n" if "n" in evidence else "n_pairs"] < 1:
+        if fresh.prediction != row.prediction or not math.isclose(fresh.radius, row.radius, rel_tol=SAME, abs_tol=0.0):
             raise CertificateError(
                 f"{home}: input {row.idx} is said to be class {row.prediction} within {row.radius}; "
                 f"its evidence gives class {fresh.prediction} within {fresh.radius}"
@@ -208,7 +267,7 @@ def load_images(path: str | os.PathLike[str], scale: float | None = None) -> tup
         raise ValueError(
             f"{found} must hold numbers and one integer label each, got {x.dtype} {x.shape} and {y.dtype} {y.shape}"
         )
-    divisor = (255.0 if x.dtype.kind in "iu" else 1.0) if scale is None else scale
+    divisor = (255.0 if x.dtype.kind in "iu" else 1.0) if scale is None else check_positive("scale", scale)
     return (x / divisor).astype(np.float32), y.astype(np.int64)
 
 
@@ -227,7 +286,9 @@ def _picture_folder(folder: Path) -> tuple[NDArray[Any], NDArray[Any]]:
     pictures = []
     for file, _ in files:
         with Image.open(file) as picture:
-            pixels = np.asarray(picture.convert("L" if picture.mode in ("L", "1", "I;16") else "RGB"))
+            if picture.mode.startswith(("I", "F")):
+                raise ValueError(f"{file} must have 8 bits per channel, got mode {picture.mode}: convert it, or use an .npz")
+            pixels = np.asarray(picture.convert("L" if picture.mode in ("L", "1") else "RGB"))
         pictures.append(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
     shapes = {picture.shape for picture in pictures}
     if len(shapes) > 1:
@@ -235,17 +296,23 @@ def _picture_folder(folder: Path) -> tuple[NDArray[Any], NDArray[Any]]:
     return np.stack(pictures), np.array([label for _, label in files])
 
 
-def load_classifier(model: str, weights: str | os.PathLike[str] | None = None, device: str = "cpu") -> torch.nn.Module:
+def load_classifier(
+    model: str, weights: str | os.PathLike[str] | None = None, device: str = "cpu", *, trust: bool = False
+) -> torch.nn.Module:
     """A torch module by name.
 
     Args:
         model: "package.module:callable", whose result is a torch module or a class of one; or a TorchScript file (.pt, .pth).
         weights: a state_dict, loaded without running code.
         device: where to put it.
+        trust: load a TorchScript file: it is a program, and may do whatever one can.
     Raises:
         ValueError: if the name leads nowhere, or to something else.
+        UnsafeModelError: for a TorchScript file without trust.
     """
     if Path(model).suffix in (".pt", ".pth"):
+        if not trust:
+            raise UnsafeModelError(f"{model} is a program: pass trust=True (--trust) if you trust its author")
         module: Any = torch.jit.load(model, map_location=device)  # type: ignore[no-untyped-call]
     else:
         home, _, name = model.partition(":")
@@ -253,11 +320,14 @@ def load_classifier(model: str, weights: str | os.PathLike[str] | None = None, d
             raise ValueError(f"model must be package.module:callable, or a TorchScript file, got {model!r}")
         try:
             made = getattr(importlib.import_module(home), name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"model {model!r} cannot be imported: {error}") from None
-        module = made if isinstance(made, torch.nn.Module) else made()
+            module = made if isinstance(made, torch.nn.Module) else made()
+        except (ImportError, AttributeError, TypeError) as error:
+            raise ValueError(f"model {model!r} cannot be imported and called without arguments: {error}") from None
     if not isinstance(module, torch.nn.Module):
         raise ValueError(f"model {model!r} must give a torch.nn.Module, got {type(module).__name__}")
     if weights is not None:
-        module.load_state_dict(torch.load(weights, map_location=device, weights_only=True))
+        try:
+            module.load_state_dict(torch.load(weights, map_location=device, weights_only=True))
+        except (RuntimeError, UnpicklingError, TypeError) as error:
+            raise ValueError(f"weights {os.fspath(weights)} are no state_dict of {model!r}: {error}") from None
     return module.to(device).eval()

@@ -125,6 +125,57 @@ def train(
 
 
 @app.command()
+def denoise(
+    target: Target,
+    out: Annotated[Path, typer.Option(help="Run directory to write.")],
+    env: EnvId = None,
+    env_kwargs: EnvKwargs = None,
+    algo: Algo = None,
+    sigma: Sigma = None,
+    noise: NoiseText = None,
+    frame_stack: FrameStack = None,
+    history: Annotated[
+        int | None,
+        typer.Option(help="Frames that the denoiser sees, if more than the policy takes; 5 helps policies of vectors."),
+    ] = None,
+    normalization: NormalizationFile = None,
+    max_episode_steps: Horizon = None,
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="mse, stability, or query (stability through surrogates of a policy that is only asked for actions)."
+        ),
+    ] = "mse",
+    rounds: Annotated[int, typer.Option(help="How often observations are gathered.")] = 4,
+    observations: Annotated[int, typer.Option(help="Clean observations per round.")] = 20_000,
+    updates: Annotated[int, typer.Option(help="Gradient steps per round.")] = 2_000,
+    seed: Seed = 0,
+    policy_kwargs: PolicyKwargs = None,
+    trust: Trust = False,
+) -> None:
+    """Train a denoiser for a policy that stays as it is, into a run directory that can be certified under the noise."""
+    from dataclasses import replace
+
+    from robustrl.training.denoise import denoise_run
+
+    changes = {
+        "frame_stack": frame_stack,
+        "normalization": read_normalization(normalization, trust),
+        "max_episode_steps": max_episode_steps,
+        "env_kwargs": parse_object("--env-kwargs", env_kwargs),
+    }
+    mechanism = parse_noise(sigma, noise)
+    model, recipe = open_model(target, env, algo, changes, policy_kwargs, trust)
+    if mechanism is not None:  # in place of the noise that the policy was trained under, if any
+        recipe = replace(recipe, noise=mechanism)
+    settings = {"objective": objective, "history": history, "rounds": rounds, "observations": observations, "updates": updates}
+    file = target / "model.zip" if target.is_dir() else target if target.exists() else target.with_suffix(".zip")
+    denoise_run(file, model, recipe, out, seed=seed, progress_bar=True, **settings)
+    print(f"denoised {target} on {recipe.label}, noise {recipe.noise}: {out}; the policy's weights are the same bit by bit")
+    print(f"next: robustrl certify {out}")
+
+
+@app.command()
 def certify(
     target: Target,
     env: EnvId = None,
@@ -309,7 +360,7 @@ def attack(
 
 @app.command()
 def verify(
-    certificate: Annotated[Path, typer.Argument(help="Run directory or certificate file.")],
+    certificate: Annotated[Path, typer.Argument(help="Run directory, certificate file, or folder of certify-images.")],
     model: Annotated[
         Path | None, typer.Option(help="Run directory or zip to replay episodes with; default the run beside it.")
     ] = None,
@@ -320,8 +371,13 @@ def verify(
 ) -> None:
     """Recompute a certificate from its evidence; with the model, replay random chunks of its episodes."""
     from robustrl.api import load_agent
+    from robustrl.classifiers import EVIDENCE, verify_images
     from robustrl.verification import verify_certificate
 
+    if (certificate / EVIDENCE).exists():
+        report = verify_images(certificate)
+        print(f"verified: the radii of all {len(report)} inputs follow from their evidence\n{report.table()}")
+        return
     if certificate.is_dir():
         certificate = certificate / "certificate.json"
     if not certificate.exists():

@@ -97,6 +97,7 @@ def certify_images(
     skip: Annotated[int, typer.Option(help="Certify every so many inputs.")] = 1,
     seed: Seed = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    trust: Annotated[bool, typer.Option("--trust", help="Load a TorchScript file, which is a program.")] = False,
 ) -> None:
     """Certify a classifier on labelled inputs; goes on where it was interrupted."""
     import sys
@@ -113,7 +114,7 @@ def certify_images(
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     x, y = load_images(data, scale)
     report = run(
-        load_classifier(model, weights, place),
+        load_classifier(model, weights, place, trust=trust),
         x,
         y,
         chosen,

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import nn
 
 from robustrl.classifiers import certify_images, load_classifier, load_images, verify_images
-from robustrl.errors import CertificateError, ChunkError
-from robustrl.noise import Gaussian, Uniform
-from robustrl.report.accuracy import AccuracyReport
+from robustrl.errors import CertificateError, ChunkError, UnsafeModelError
+from robustrl.noise import DeterministicSplitting, Gaussian, Uniform
+from robustrl.report.accuracy import AccuracyReport, Row
 
 GENERATOR = np.random.default_rng(0)
 X = GENERATOR.normal(size=(12, 1, 2, 2)).astype(np.float32)
@@ -53,7 +53,7 @@ def test_an_inputs_certificate_depends_on_its_own_draws_alone() -> None:
 
 def test_the_same_picture_twice_gets_noise_of_its_own(tmp_path: Path) -> None:
     certify_images(sign(), X[[1, 1, 1]], Y[[1, 1, 1]], Gaussian(1.0), n=5000, folder=tmp_path)
-    counts = {json.loads(line)["count"] for line in (tmp_path / "evidence.jsonl").read_text().splitlines()}
+    counts = {json.loads(line)["evidence"]["count"] for line in (tmp_path / "evidence.jsonl").read_text().splitlines()}
     assert len(counts) > 1
 
 
@@ -93,6 +93,64 @@ def test_another_run_does_not_go_on_from_a_folder(tmp_path: Path) -> None:
     for changes in ({"n": 3000}, {"alpha": 0.01}, {"seed": 1}, {"method": "dipole"}):
         with pytest.raises(ChunkError, match="another run"):
             certified(folder=tmp_path, **changes)
+    others = {"model": nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), "images": X + 1e-3, "labels": 1 - Y}
+    for name, value in others.items():
+        arguments = {"model": sign(), "images": X, "labels": Y} | {name: value}
+        with pytest.raises(ChunkError, match=f"different {name}"):
+            certify_images(**arguments, noise=Gaussian(0.3), n=2000, folder=tmp_path)
+
+
+@pytest.mark.parametrize("lines", [[0, 1, 2], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [0, 0, *range(1, 11)], [*range(12), 3]])
+def test_a_choice_among_the_inputs_does_not_verify(tmp_path: Path, lines: list[int]) -> None:
+    certified(folder=tmp_path)
+    for name, first in (("log.tsv", 1), ("evidence.jsonl", 0)):
+        text = (tmp_path / name).read_text().splitlines(keepends=True)
+        (tmp_path / name).write_text("".join(text[:first] + [text[first + i] for i in lines]))
+    with pytest.raises(CertificateError, match="must be of every 1. of 12 inputs"):
+        verify_images(tmp_path)
+    again = certified(folder=tmp_path)
+    assert [row.idx for row in again.rows] == list(range(12))
+    verify_images(tmp_path)
+
+
+def test_other_labels_or_copies_than_the_runs_do_not_verify(tmp_path: Path) -> None:
+    certified(folder=tmp_path)
+    log, settings = (tmp_path / "log.tsv").read_text(), (tmp_path / "settings.json").read_text()
+    row = next(line for line in log.splitlines()[1:] if line.split("\t")[4] == "1").split("\t")
+    lie = [row[0], "7", row[2], row[3], "0", row[5]]
+    (tmp_path / "log.tsv").write_text(log.replace("\t".join(row), "\t".join(lie)))
+    with pytest.raises(CertificateError, match="labels"):
+        verify_images(tmp_path)
+    (tmp_path / "log.tsv").write_text(log)
+    (tmp_path / "settings.json").write_text(settings.replace('"n": 2000', '"n": 9000'))
+    with pytest.raises(CertificateError, match="number of copies"):
+        verify_images(tmp_path)
+    for broken in ("{}", "[]", "no"):
+        (tmp_path / "settings.json").write_text(broken)
+        with pytest.raises(CertificateError, match="holds no certificates"):
+            verify_images(tmp_path)
+
+
+def test_exact_votes_of_a_data_set_verify_too(tmp_path: Path) -> None:
+    x = np.random.default_rng(1).integers(0, 5, size=(6, 1, 2, 2)) / 4
+    noise = DeterministicSplitting(levels=9, quantisation=4)
+    report = certify_images(sign(), x, Y[:6], noise, method="splitting", folder=tmp_path)
+    assert json.loads((tmp_path / "settings.json").read_text())["alpha"] == 0
+    assert [row[:4] for row in verify_images(tmp_path).rows] == [row[:4] for row in report.rows]
+
+
+def test_abstaining_is_never_right() -> None:
+    assert not Row(0, -1, -1, 0.0, 0.0).correct
+    with pytest.raises(ValueError, match="labels N integers >= 0"):
+        certify_images(sign(), X, Y - 1, Gaussian(0.3))
+
+
+def test_a_program_is_loaded_from_a_file_only_with_trust(tmp_path: Path) -> None:
+    torch.jit.script(sign()).save(str(tmp_path / "model.pt"))  # type: ignore[no-untyped-call]
+    with pytest.raises(UnsafeModelError, match="trust"):
+        load_classifier(str(tmp_path / "model.pt"))
+    found = load_classifier(str(tmp_path / "model.pt"), trust=True)
+    assert found(torch.zeros(2, 1, 2, 2)).shape == (2, 2)
 
 
 def test_alpha_total_is_split_over_all_inputs(tmp_path: Path) -> None:
@@ -155,6 +213,7 @@ def test_data_that_is_none_is_refused(tmp_path: Path) -> None:
         ({"images": X[:3]}, "labels N integers"),
         ({"labels": Y.astype(float)}, "labels N integers"),
         ({"images": np.full((12, 4), np.nan)}, "images must be finite"),
+        ({"method": "nonsense"}, "method must be"),
         ({"skip": 0}, "skip must be"),
         ({"alpha_total": 2.0}, "alpha_total must be"),
         ({"seed": -1}, "seed must be"),
@@ -165,11 +224,27 @@ def test_bad_input_is_refused(changes: dict[str, Any], message: str) -> None:
         certify_images(**({"model": sign(), "images": X, "labels": Y, "noise": Uniform(0.3)} | changes))
 
 
+def test_bytes_and_deep_pictures_are_not_taken_for_what_they_are_not(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="must be floats in the units of the noise"):
+        certify_images(sign(), (X * 0).astype(np.uint8), Y, Gaussian(0.3))
+    (tmp_path / "c" / "x").mkdir(parents=True)
+    Image.fromarray(np.array([[0, 65535]], dtype=np.uint16)).save(tmp_path / "c" / "x" / "0.png")
+    with pytest.raises(ValueError, match="8 bits per channel"):
+        load_images(tmp_path / "c")
+    np.savez(tmp_path / "a.npz", x=X, y=Y)
+    for scale in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="scale must be"):
+            load_images(tmp_path / "a.npz", scale)
+
+
 def test_classifiers_are_found_by_name_and_take_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_networks.py").write_text("import torch\ndef small(): return torch.nn.Linear(4, 2)\nbroken = lambda: 3\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     wanted = nn.Linear(4, 2)
     torch.save(wanted.state_dict(), tmp_path / "weights.pt")
+    torch.save(nn.Linear(3, 3).state_dict(), tmp_path / "wrong.pt")
+    with pytest.raises(ValueError, match="no state_dict"):
+        load_classifier("my_networks:small", tmp_path / "wrong.pt")
     found = load_classifier("my_networks:small", tmp_path / "weights.pt")
     assert torch.equal(found.weight, wanted.weight)  # type: ignore[arg-type]
     assert not found.training
@@ -178,6 +253,7 @@ def test_classifiers_are_found_by_name_and_take_weights(tmp_path: Path, monkeypa
         "my_networks:none": "cannot be imported",
         "no_such_module:x": "cannot be imported",
         "my_networks:broken": "must give a torch.nn.Module",
+        "torch.nn:Linear": "cannot be imported and called",
     }.items():
         with pytest.raises(ValueError, match=message):
             load_classifier(name)

@@ -1,6 +1,7 @@
 """Who acts."""
 
 from robustrl.agents.cloning import BehaviourCloning, FourierFeatures
+from robustrl.agents.denoised import DenoisedAgent
 from robustrl.agents.smoothed import SmoothedAgent
 from robustrl.agents.split import DeterministicSplitAgent, SplitEpisode, play_episode
 from robustrl.agents.voting import ActionInterval, MajorityVoteAgent, MedianAgent
@@ -8,6 +9,7 @@ from robustrl.agents.voting import ActionInterval, MajorityVoteAgent, MedianAgen
 __all__ = [
     "ActionInterval",
     "BehaviourCloning",
+    "DenoisedAgent",
     "DeterministicSplitAgent",
     "FourierFeatures",
     "MajorityVoteAgent",

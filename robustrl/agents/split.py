@@ -112,13 +112,15 @@ class SplitEpisode:
         counts: votes per step and action, (T, K).
         rewards: (T,).
         mechanism: the splitting.
+        n_frames: frames in one observation of the policy, as far as it knows.
     """
 
     counts: Counts
     rewards: NDArray[np.float64]
     mechanism: DeterministicSplitting
+    n_frames: int = 1
 
-    def radius(self, budget: Budget = "episode", *, n_frames: int = 1, padding: Padding = "reset") -> float:
+    def radius(self, budget: Budget = "episode", *, n_frames: int | None = None, padding: Padding = "reset") -> float:
         """l1 budget, in observation units, of attacks that change no action and no state of this trajectory.
 
         It holds with certainty for the same randomness of the environment, whatever the attacker knows; see
@@ -126,9 +128,19 @@ class SplitEpisode:
         """
         return self.certificate(budget, n_frames=n_frames, padding=padding).radius
 
-    def certificate(self, budget: Budget = "episode", *, n_frames: int = 1, padding: Padding = "reset") -> RadiusCertificate:
-        """The same as a certificate of scope "trajectory", with the votes as its evidence; alpha is 0."""
-        evidence = {"counts": self.counts.tolist(), "n_frames": n_frames, "padding": padding, "budget": budget}
+    def certificate(
+        self, budget: Budget = "episode", *, n_frames: int | None = None, padding: Padding = "reset"
+    ) -> RadiusCertificate:
+        """The same as a certificate of scope "trajectory", with the votes as its evidence; alpha is 0.
+
+        Args:
+            budget: what is bounded, every "step"'s frame or the whole "episode".
+            n_frames: frames in one observation; default what the policy knows. A plain SB3 model does not know that its environment
+                stacks frames: say it here.
+            padding: how the first stack was filled.
+        """
+        frames = self.n_frames if n_frames is None else n_frames
+        evidence = {"counts": self.counts.tolist(), "n_frames": frames, "padding": padding, "budget": budget}
         noise = self.mechanism
         return certified("splitting-trajectory", evidence, alpha=0.0, norm=1, scope="trajectory", noise=noise)
 
@@ -155,5 +167,5 @@ def play_episode(
         counts.append(agent.votes.counts[0])
         rewards.append(float(reward))
         if terminated or truncated:
-            return SplitEpisode(np.stack(counts), np.array(rewards), agent.mechanism)
+            return SplitEpisode(np.stack(counts), np.array(rewards), agent.mechanism, agent.policy.n_frames)
     raise ValueError(f"max_steps must be at least the episode's length; it still runs after {max_steps} steps")

@@ -7,9 +7,11 @@ import warnings
 from typing import Any, cast
 
 import numpy as np
+import torch
 from scipy.stats import binom
+from torch import Tensor
 
-from robustrl.certify.methods import METHODS, Evidence, exclusions, method_for
+from robustrl.certify.methods import METHODS, Evidence, answer_of, exclusions, method_for
 from robustrl.certify.radius import ABSTAIN, RadiusCertificate, Scope
 from robustrl.certify.sampling import Counts, Smoothed, Tally
 from robustrl.certify.second_order import SplitMeans
@@ -84,12 +86,19 @@ def certify(
     if scope in ("input", "step"):
         smoothed.noise.require(scope)
     check_count("n0", n0)
+    check_count("n", n)
     inputs = smoothed.inputs(x)
     if method == "splitting":
         return _exactly(smoothed, inputs, scope)
     level = check_alpha(alpha) if alpha_total is None else check_alpha(alpha_total, "alpha_total") / len(inputs)
-    if method in ("one-sided", "dipole", "second-order") and level ** (1 / n) <= 0.5:
+    shares = {"one-sided": level, "dipole": level / 2, "two-sided": level / 2}
+    if shares.get(method, level / 2) ** (1 / (n // 2 if method == "dipole" else n)) <= 0.5 and method != "values":
         warnings.warn(f"n = {n} samples can never certify at alpha = {level}: every input abstains", stacklevel=3)
+    own = smoothed.noise.norm
+    dimension = {} if norm in (None, own) else {"dimension": math.prod(inputs.shape[1:])}
+    if norm not in (None, own):
+        smoothed.noise.radius_in(norm, 0.9, dimension=dimension["dimension"])  # refused before anything is sampled
+    rounding = _rounding(x, inputs, own if norm is None else norm)
     selection = smoothed.tally(inputs, n0, values=method == "values")
     votes = selection.counts if selection.values is None else selection.values
     classes = votes.argmax(axis=1)
@@ -101,12 +110,10 @@ def certify(
         gradient=method.startswith("second-order"),
         values=method == "values",
     )
-    own = smoothed.noise.norm
-    dimension = {} if norm in (None, own) else {"dimension": math.prod(inputs.shape[1:])}
     return [
         certified(
             method,
-            {**_evidence(method, tally, i, int(c), smoothed), **_selected(selection, i, int(c)), **dimension},
+            {**_evidence(method, tally, i, int(c), smoothed), **_selected(selection, i, int(c)), **dimension, **rounding[i]},
             norm=own if norm is None else norm,
             alpha=level,
             scope=scope,
@@ -161,6 +168,7 @@ def decide(
     inputs, level = smoothed.inputs(x), threshold(smoothed.noise, radius)
     share = check_alpha(alpha) if alpha_total is None else check_alpha(alpha_total, "alpha_total") / len(inputs)
     check_count("max_n", max_n)
+    rounding = _rounding(x, inputs, smoothed.noise.norm)
     selection = smoothed.tally(inputs, check_count("n0", n0))
     classes, n_inputs = selection.top, len(inputs)
     hits, drawn = np.zeros(n_inputs, np.int64), np.zeros(n_inputs, np.int64)
@@ -172,9 +180,8 @@ def decide(
         n += step
         hits[running] += counts[np.arange(running.size), classes[running]]
         drawn[running] = n
-        above, below = log_wealth(hits[running], n, level)
-        answers[running[above >= -math.log(share / 2)]] = "yes"
-        answers[running[below >= -math.log(share / 2)]] = "no"
+        for i, above, below in zip(running, *log_wealth(hits[running], n, level), strict=True):
+            answers[i] = answer_of(above, below, share)
         running = np.flatnonzero(answers == "undecided")
     return [
         certified(
@@ -185,6 +192,7 @@ def decide(
                 "n": int(drawn[i]),
                 "radius": float(radius),
                 "answer": str(answers[i]),
+                **rounding[i],
             },
             norm=smoothed.noise.norm,
             alpha=share,
@@ -242,7 +250,7 @@ def certified(
     """
     judge = method_for(method, scope)
     check_choice("norm", norm, (0, 1, 2, math.inf))
-    verdict = judge.judge(evidence, noise, judge.check_alpha(alpha), norm)
+    verdict = judge.verdict(evidence, noise, judge.check_alpha(alpha), norm)
     fp_model = "exact" if METHODS[method].exact or noise is None else noise.fp_model
     bare = RadiusCertificate(
         alpha=alpha,
@@ -262,6 +270,16 @@ def certified(
     return bare.with_exclusions(exclusions(bare))
 
 
+def _rounding(x: Any, inputs: Tensor, norm: float) -> list[Evidence]:
+    """How far single precision moved each input, in the certificate's norm, where it did."""
+    given = torch.as_tensor(x).to(inputs.device)
+    if norm == 0 or given.dtype in (torch.float32, torch.float16, torch.bfloat16):  # rounding alters no entry of its own
+        return [{} for _ in inputs]
+    moved = (given.double() - inputs.double()).flatten(1)
+    lengths = torch.linalg.vector_norm(moved, ord=norm, dim=1).tolist()
+    return [{"rounding": length * (1 + 1e-12)} if length else {} for length in lengths]
+
+
 def _selected(selection: Tally, i: int, c: int) -> Evidence:
     """How the class was chosen: by the first batch's counts, or by its highest mean score."""
     return {"selection": selection.counts[i].tolist()} if selection.values is None else {"prediction": c}
@@ -278,6 +296,7 @@ def _evidence(method: str, tally: Tally, i: int, c: int, smoothed: Smoothed) -> 
         n1, n2 = tally.halves
         split = SplitMeans.from_sums(tally.moments[i], n1, n2)
         pairs = {"mean_inner": float(tally.products[i]) / n1, "n_pairs": n1, "n_features": tally.moments.shape[2]}
-        fields = {"inner": split.inner, "norm2": split.norm2, "n1": n1, "n2": n2}
+        norm1 = float(np.linalg.norm(tally.moments[i, 0])) / n1
+        fields = {"inner": split.inner, "norm1": norm1, "norm2": split.norm2, "n1": n1, "n2": n2}
         return {**count, "gradient": pairs if method == "second-order-pairs" else fields}
     return {"counts": tally.counts[i].tolist(), "n": tally.n} if method == "two-sided" else count

@@ -12,6 +12,8 @@ from robustrl.errors import as_floats, check_alpha, check_count
 
 Floats = NDArray[np.float64]
 
+MOST = 10**9
+"""Most trials for which the inverse beta function is known to be accurate."""
 OUTWARD = 1e-12
 """Relative widening of every inverse beta function: it is accurate to about 1e-13, and may err outwards only."""
 
@@ -75,10 +77,10 @@ def dkw_epsilon(n: int, alpha: float) -> float:
 
 def _counts(k: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> tuple[Floats, Floats, Floats]:
     k, n, alpha = np.broadcast_arrays(as_floats("k", k), as_floats("n", n), as_floats("alpha", alpha))
-    for name, count, valid in (("n", n, (n >= 1) & (n < 2**53)), ("k", k, (k >= 0) & (k <= n))):
+    for name, count, valid in (("n", n, (n >= 1) & (n <= MOST)), ("k", k, (k >= 0) & (k <= n))):
         valid = valid & (count == np.floor(count))
         if not valid.all():
-            allowed = "integers >= 1" if name == "n" else "integers in [0, n]"
+            allowed = f"integers in [1, {MOST:.0e}]" if name == "n" else "integers in [0, n]"
             raise ValueError(f"{name} must hold {allowed}, got {count[~valid].flat[0]}")
     if not np.all((alpha > 0) & (alpha <= 0.5)):
         raise ValueError(

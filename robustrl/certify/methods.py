@@ -19,7 +19,7 @@ label-flips           training-labels  integer votes of the training examples; n
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,11 +27,18 @@ import numpy as np
 from robustrl.certify.confidence import clopper_pearson_lower, clopper_pearson_upper
 from robustrl.certify.labels import label_flip_certificate
 from robustrl.certify.radius import ABSTAIN, Verdict
-from robustrl.certify.second_order import recompute_dipole, recompute_second_order
+from robustrl.certify.second_order import (
+    DipoleBound,
+    NoisePairs,
+    SecondOrderBound,
+    SplitMeans,
+    certify_dipole,
+    certify_second_order,
+)
 from robustrl.certify.sequential import log_wealth, threshold
 from robustrl.certify.splitting import verify_splitting, verify_trajectory
 from robustrl.errors import check_alpha, check_count, check_positive, check_real
-from robustrl.noise import Noise
+from robustrl.noise import Gaussian, Noise
 
 if TYPE_CHECKING:
     from robustrl.certify.radius import RadiusCertificate
@@ -58,11 +65,14 @@ class Method:
 
     Attributes:
         judge: (evidence, noise, alpha, norm) -> verdict.
+        keys: what the evidence holds, exactly; sampled methods also say how the class was chosen, and may say "dimension" (needed for
+            another norm than the noise's) and "rounding" (how far the sampled point is from the certified one).
         scopes: what it has a proof for.
         exact: whether nothing is sampled, so that alpha is 0.
     """
 
     judge: Callable[[Evidence, Noise | None, float, float], Verdict]
+    keys: frozenset[str]
     scopes: frozenset[str] = SAMPLED
     exact: bool = False
 
@@ -73,6 +83,30 @@ class Method:
         if check_real("alpha", alpha) != 0:
             raise ValueError(f"alpha must be 0 for an exact method, got {alpha}")
         return 0.0
+
+    def verdict(self, evidence: Evidence, noise: Noise | None, alpha: float, norm: float) -> Verdict:
+        """What follows from the evidence.
+
+        Raises:
+            ValueError, TypeError: if it is incomplete, contradictory or impossible.
+        """
+        given = set(evidence)
+        if not self.exact:
+            if len(given & {"prediction", "selection"}) != 1:
+                raise ValueError(f"evidence must hold one of prediction and selection, got {sorted(given)}")
+            given -= {"prediction", "selection", "rounding"}
+            if noise is not None and norm != noise.norm:
+                given -= {"dimension"}
+        if given != self.keys:
+            raise ValueError(f"evidence must hold {sorted(self.keys)}, got {sorted(given)}")
+        found = self.judge(evidence, noise, self.check_alpha(alpha), norm)
+        if self.exact or found.prediction == ABSTAIN:
+            return found
+        # Samples around the rounded point certify a ball there; the ball inside it around the point itself is smaller.
+        rounding = check_real("rounding", evidence.get("rounding", 0.0))
+        if rounding < 0:
+            raise ValueError(f"rounding must be >= 0, got {rounding}")
+        return replace(found, radius=max(0.0, found.radius - rounding))
 
 
 def method_for(name: str, scope: str) -> Method:
@@ -108,6 +142,8 @@ def exclusions(certificate: RadiusCertificate) -> tuple[str, ...]:
         ]
         if certificate.fp_model == "real":
             sentences.append("Floating point: noise and proof are those of real arithmetic.")
+    if certificate.method == "splitting-trajectory" and certificate.evidence.get("n_frames") == 1:
+        sentences.append("Frames that stay in a stack: every observation is attacked afresh.")
     if certificate.scope == "step":
         sentences.append("Other steps: the attacker may have reached another state.")
     if certificate.noise is not None:
@@ -119,7 +155,13 @@ def chosen(evidence: Evidence) -> int:
     """The class that the evidence is about: that of the selection batch, fixed before all other samples were drawn."""
     if "prediction" in evidence:
         return check_count("prediction", evidence["prediction"], least=0)
-    return int(np.argmax([check_count("selection", count, least=0) for count in evidence["selection"]]))
+    selection = evidence["selection"]
+    if not isinstance(selection, list) or not selection:
+        raise ValueError(f"selection must be a list of counts, got {selection!r}")
+    counts = [check_count("selection", count, least=0) for count in selection]
+    if not any(counts):
+        raise ValueError("selection must hold at least one count > 0")
+    return int(np.argmax(counts))
 
 
 def radius_of(evidence: Evidence, noise: Noise | None, norm: float, p_lower: float, p_upper: float | None = None) -> float:
@@ -137,16 +179,18 @@ def _needed(noise: Noise | None) -> Noise:
 
 
 def _one_sided(evidence: Evidence, noise: Noise | None, alpha: float, norm: float) -> Verdict:
-    p = float(clopper_pearson_lower(evidence["count"], check_count("n", evidence["n"]), alpha))
+    count, n, prediction = check_count("count", evidence["count"], least=0), check_count("n", evidence["n"]), chosen(evidence)
+    p = float(clopper_pearson_lower(count, n, alpha))
     if p <= 0.5:
         return Verdict(ABSTAIN, 0.0, p)
-    return Verdict(chosen(evidence), radius_of(evidence, noise, norm, p), p)
+    return Verdict(prediction, radius_of(evidence, noise, norm, p), p)
 
 
 def _two_sided(evidence: Evidence, noise: Noise | None, alpha: float, norm: float) -> Verdict:
     """alpha/2 for the class, alpha/2 over all its rivals: whichever of them comes second under attack is covered."""
-    counts, n, top = np.asarray(evidence["counts"]), check_count("n", evidence["n"]), chosen(evidence)
-    if counts.sum() != n or len(counts) < 2 or top >= len(counts):
+    counts = np.array([check_count("counts", count, least=0) for count in evidence["counts"]])
+    n, top = check_count("n", evidence["n"]), chosen(evidence)
+    if counts.sum() != n or len(counts) < 2 or top >= len(counts) or len(evidence.get("selection", counts)) != len(counts):
         raise ValueError(f"counts must hold those of at least two classes and sum to n = {n}, got {counts}")
     lower = float(clopper_pearson_lower(counts[top], n, alpha / 2))
     upper = clopper_pearson_upper(np.delete(counts, top), n, alpha / (2 * (len(counts) - 1)))
@@ -161,18 +205,29 @@ def _sequential(evidence: Evidence, noise: Noise | None, alpha: float, norm: flo
     noise, radius = _needed(noise), check_positive("radius", evidence["radius"])
     if norm != noise.norm:
         raise ValueError(f"norm must be that of the noise, {noise.norm:g}, got {norm:g}")
-    level = threshold(noise, radius)
-    larger, _ = log_wealth(evidence["count"], check_count("n", evidence["n"]), level)
-    if larger < -np.log(alpha / 2):
-        return Verdict(ABSTAIN, 0.0)
-    return Verdict(chosen(evidence), radius, level)
+    level, prediction = threshold(noise, radius), chosen(evidence)
+    bettors = log_wealth(check_count("count", evidence["count"], least=0), check_count("n", evidence["n"]), level)
+    answer = answer_of(*bettors, alpha)
+    if evidence["answer"] != answer:
+        raise ValueError(f"answer is {evidence['answer']!r}; the counts say {answer!r}")
+    return Verdict(prediction, radius, level) if answer == "yes" else Verdict(ABSTAIN, 0.0)
+
+
+def answer_of(above: Any, below: Any, alpha: float) -> str:
+    """Which of the two bettors, at alpha/2 each, has won: "yes", "no", or "undecided"."""
+    bar = -np.log(alpha / 2)
+    return "yes" if above >= bar else "no" if below >= bar else "undecided"
 
 
 def _values(evidence: Evidence, noise: Noise | None, alpha: float, norm: float) -> Verdict:
     """Means of scores in [low, high] by Hoeffding's inequality, alpha/K for each; a bounded score is a randomised vote."""
     low, high = (check_real("bounds", bound) for bound in evidence["bounds"])
+    if low >= high:
+        raise ValueError(f"bounds must be (low, high) with low < high, got {evidence['bounds']}")
     n, top = check_count("n", evidence["n"]), chosen(evidence)
-    means = (np.asarray(evidence["sums"], dtype=np.float64) / n - low) / (high - low)
+    if n >= 2**53:
+        raise ValueError(f"n must be below 2^53, got {n}")
+    means = (np.array([check_real("sums", total) for total in evidence["sums"]]) / n - low) / (high - low)
     if len(means) < 2 or top >= len(means) or not np.all((means >= -1e-9) & (means <= 1 + 1e-9)):
         raise ValueError(f"sums must hold at least two means within the bounds {low}, {high}, got {means}")
     slack = np.sqrt(-np.log(alpha / len(means)) / (2 * n))
@@ -183,19 +238,46 @@ def _values(evidence: Evidence, noise: Noise | None, alpha: float, norm: float) 
 
 
 def _second_order(evidence: Evidence, noise: Noise | None, alpha: float, norm: float) -> Verdict:
-    prediction, radius, _ = recompute_second_order(evidence, _l2(noise, norm), alpha)
-    return Verdict(prediction, radius)
+    stated, n = evidence["gradient"], check_count("n", evidence["n"])
+    if set(stated) != {"inner", "norm1", "norm2", "n1", "n2"}:
+        raise ValueError(f"gradient must hold inner, norm1, norm2, n1 and n2, got {sorted(stated)}")
+    inner, *norms = (check_real(f"gradient.{name}", stated[name]) for name in ("inner", "norm1", "norm2"))
+    n1, n2 = (check_count(f"gradient.{name}", stated[name]) for name in ("n1", "n2"))
+    if n1 + n2 != n:
+        raise ValueError(f"gradient must be that of two halves of the n = {n} samples, got {stated}")
+    if min(norms) < 0 or abs(inner) > norms[0] * norms[1] * (1 + 1e-9):
+        raise ValueError(f"gradient holds two vectors of norms {norms}, whose product cannot be {inner}")
+    return _with_gradient(evidence, SplitMeans(inner, norms[1], n1, n2), noise, alpha, norm)
+
+
+def _second_order_pairs(evidence: Evidence, noise: Noise | None, alpha: float, norm: float) -> Verdict:
+    stated, n = evidence["gradient"], check_count("n", evidence["n"])
+    if set(stated) != {"mean_inner", "n_pairs", "n_features"} or 2 * check_count("n_pairs", stated["n_pairs"]) != n:
+        raise ValueError(f"gradient must be that of {n // 2} pairs, got {stated}")
+    return _with_gradient(evidence, NoisePairs(**stated), noise, alpha, norm)
+
+
+def _with_gradient(
+    evidence: Evidence, gradient: SplitMeans | NoisePairs, noise: Noise | None, alpha: float, norm: float
+) -> Verdict:
+    bound = certify_second_order(evidence["count"], evidence["n"], gradient, alpha)
+    return _in_units_of_sigma(evidence, bound, noise, norm)
 
 
 def _dipole(evidence: Evidence, noise: Noise | None, alpha: float, norm: float) -> Verdict:
-    prediction, radius, _ = recompute_dipole(evidence, _l2(noise, norm), alpha)
-    return Verdict(prediction, radius)
+    bound = certify_dipole(evidence["both"], evidence["exactly_one"], evidence["n_pairs"], alpha)
+    return _in_units_of_sigma(evidence, bound, noise, norm)
 
 
-def _l2(noise: Noise | None, norm: float) -> Noise:
+def _in_units_of_sigma(evidence: Evidence, bound: SecondOrderBound | DipoleBound, noise: Noise | None, norm: float) -> Verdict:
     if norm != 2:
         raise ValueError(f"norm must be 2 for second-order and dipole certificates, got {norm:g}")
-    return _needed(noise)
+    if not isinstance(noise, Gaussian) or noise.smallest == 0:
+        raise ValueError(f"noise must be Gaussian with sigma > 0: the proof is about its density, got {noise!r}")
+    prediction = chosen(evidence)
+    if bound.abstained:
+        return Verdict(ABSTAIN, 0.0, bound.p_lower)
+    return Verdict(prediction, noise.smallest * bound.radius, bound.p_lower)
 
 
 def _splitting(evidence: Evidence, noise: Noise | None, alpha: float, norm: float) -> Verdict:
@@ -223,16 +305,23 @@ def _label_flips(evidence: Evidence, noise: Noise | None, alpha: float, norm: fl
     return Verdict(ABSTAIN, 0.0) if abstained else Verdict(prediction, radius)
 
 
+COUNT, GRADIENT, PAIRS = frozenset({"count", "n"}), frozenset({"count", "n", "gradient"}), {"both", "exactly_one", "n_pairs"}
+VOTES = frozenset({"counts"})
+
 METHODS: dict[str, Method] = {
-    "one-sided": Method(_one_sided),
-    "two-sided": Method(_two_sided),
-    "sequential": Method(_sequential),
-    "second-order": Method(_second_order),
-    "second-order-pairs": Method(_second_order),
-    "dipole": Method(_dipole),
-    "values": Method(_values),
-    "splitting": Method(_splitting, exact=True),
-    "splitting-trajectory": Method(_trajectory, frozenset({"trajectory"}), exact=True),
-    "label-flips": Method(_label_flips, frozenset({"training-labels"}), exact=True),
+    "one-sided": Method(_one_sided, COUNT),
+    "two-sided": Method(_two_sided, frozenset({"counts", "n"})),
+    "sequential": Method(_sequential, COUNT | {"radius", "answer"}),
+    "second-order": Method(_second_order, GRADIENT),
+    "second-order-pairs": Method(_second_order_pairs, GRADIENT),
+    "dipole": Method(_dipole, frozenset(PAIRS)),
+    "values": Method(_values, frozenset({"sums", "n", "bounds"})),
+    "splitting": Method(_splitting, VOTES, exact=True),
+    "splitting-trajectory": Method(
+        _trajectory, VOTES | {"n_frames", "padding", "budget"}, frozenset({"trajectory"}), exact=True
+    ),
+    "label-flips": Method(
+        _label_flips, frozenset({"weights", "labels", "n_classes", "q", "method"}), frozenset({"training-labels"}), exact=True
+    ),
 }
 """Every method by name."""

@@ -13,6 +13,8 @@ from robustrl.noise import Noise
 
 Scope = Literal["input", "step", "trajectory", "training-labels"]
 SCOPES = ("input", "step", "trajectory", "training-labels")
+SAME = 1e-11
+"""Relative difference that other builds of the special functions may make."""
 ABSTAIN = -1
 """The prediction of a certificate that makes none."""
 
@@ -101,7 +103,7 @@ class RadiusCertificate(Certificate):
         from robustrl.certify.methods import METHODS, exclusions
 
         try:
-            fresh = METHODS[self.method].judge(self.evidence, self.noise, self.alpha, self.norm)
+            fresh = METHODS[self.method].verdict(self.evidence, self.noise, self.alpha, self.norm)
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise CertificateError(f"the certificate cannot be recomputed from its evidence: {error!r}") from None
         if self.prediction != fresh.prediction:
@@ -110,7 +112,7 @@ class RadiusCertificate(Certificate):
             stated, recomputed = getattr(self, name), getattr(fresh, name)
             # Other builds of the special functions differ in the last digits.
             if (stated is None) != (recomputed is None) or (
-                stated is not None and not math.isclose(stated, recomputed, rel_tol=1e-9, abs_tol=1e-13)
+                stated is not None and not math.isclose(stated, recomputed, rel_tol=SAME, abs_tol=0.0)
             ):
                 raise CertificateError(f"field {name!r} is {stated}; recomputed from the evidence: {recomputed}")
         omitted = [sentence for sentence in exclusions(self) if sentence not in self.not_covered]

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 Counts = NDArray[np.int64]
 
+FINEST = 2.0**-13
+"""Smallest noise relative to the largest entry of an input: a thousand steps of single precision."""
+
 ROWS_CPU, ROWS_GPU = (32, 8192), (32, 65536)
 """Fewest and most noisy copies per forward pass: what amortises a call, and stays in a processor's cache."""
 ENTRIES_CPU, ENTRIES_GPU = 2**17, 2**27
@@ -94,7 +97,8 @@ class Smoothed:
         noise: the mechanism.
         bounds: (low, high) that scores are clipped to before they are averaged, for `certify(method="values")`.
         device: where to sample; default where the base's parameters are.
-        seed: root of the noise; every call draws afresh.
+        seed: root of the noise; every call draws afresh. Two objects of one seed draw the same: samples of the one must not choose what
+            samples of the other are counted for.
         batch_size: most rows per forward pass; default by the size of an input. Noise, and so the counts, do not depend on it.
         amp: dtype such as torch.bfloat16 for autocasting inside the base function; noise stays in float32.
 
@@ -208,7 +212,16 @@ class Smoothed:
             raise ValueError(f"x must be a batch of inputs (b, *shape), got shape {tuple(found.shape)}")
         if not torch.isfinite(found).all():
             raise ValueError("x must be finite, got NaN or inf")
-        return found.detach().to(self.device, torch.float32)
+        inputs = found.detach().to(self.device, torch.float32)
+        scale = min(
+            (value for name in ("sigma", "lam", "b") for value in _positive(getattr(self.noise, name, None))), default=math.inf
+        )
+        if scale < FINEST * float(inputs.abs().max()):
+            raise ValueError(
+                f"{self.noise} is too little noise for inputs as large as {float(inputs.abs().max()):g}: sums in single precision "
+                "would be rounded to a grid; subtract an offset, or scale"
+            )
+        return inputs
 
     def _passes(self, x: Tensor, n: int, *, pairs: bool = False, keep_noise: bool = False) -> Iterator[_Copies]:
         """Noisy copies of all inputs, one pass of the base function after the other, in one buffer.
@@ -278,7 +291,8 @@ class Smoothed:
             found = [function(part) for part in torch.split(rows, self.batch_size or len(rows))]
         for part in found:
             if not isinstance(part, Tensor) or part.ndim != 2:
-                raise ValueError(f"the base function must map (rows, *shape) to scores (rows, K), got {_shape(part)}")
+                hint = "; pass the SB3 model, not its policy" if hasattr(self.base, "get_distribution") else ""
+                raise ValueError(f"the base function must map (rows, *shape) to scores (rows, K), got {_shape(part)}{hint}")
         scores = found[0] if len(found) == 1 else torch.cat(found)
         if len(scores) != len(rows):
             raise ValueError(f"the base function must give a row of scores per input, got {len(scores)} for {len(rows)}")
@@ -324,6 +338,10 @@ class _Counting:
 
     def add(self, copies: _Copies, scores: Tensor) -> None:
         if self.counts is None:
+            if scores.shape[1] < 2:
+                raise ValueError(
+                    "the base function must score at least two classes, got one: add a column of zeros for the other"
+                )
             self.counts = torch.zeros(self.b, scores.shape[1], dtype=torch.int64, device=self.device)
             self.sums = torch.zeros(self.b, scores.shape[1], dtype=torch.float64, device=self.device)
             if self.classes is not None and self.classes.max() >= scores.shape[1]:
@@ -393,6 +411,10 @@ def _function(base: Any) -> Any:
     if callable(base):
         return base
     raise TypeError(f"base must be a torch module, an SB3 model, a PolicyView or a callable, got {type(base).__name__}")
+
+
+def _positive(scale: Any) -> list[float]:
+    return [value for value in (scale if isinstance(scale, tuple) else (scale,)) if isinstance(value, float) and value > 0]
 
 
 def _bounds(bounds: Sequence[float]) -> tuple[float, float]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -27,7 +26,6 @@ from scipy.special import ndtr, ndtri
 
 from robustrl.certify.confidence import clopper_pearson_lower, failure_upper
 from robustrl.errors import check_alpha, check_budget, check_count, check_finite_array, check_probability, check_real
-from robustrl.noise import Gaussian, Noise
 
 SLACK = 1e-14
 """Probability given away where a radius is solved for, several times what rounding can do.
@@ -159,28 +157,6 @@ def certify_dipole(both: int, exactly_one: int, n_pairs: int, alpha: float) -> D
     return DipoleBound(dipole_radius(both_lower, one_lower), both_lower, one_lower)
 
 
-def recompute_second_order(evidence: dict[str, Any], noise: Noise, alpha: float) -> tuple[int, float, bool]:
-    """Prediction (-1 if abstained), radius in observation units and abstention, from the evidence of a certificate.
-
-    Args:
-        evidence: "selection", the class counts of the batch that chose the class; "count", "n" and "gradient", the arguments of
-            `certify_second_order`, the last as a dict of the fields of `SplitMeans` or `NoisePairs`.
-        noise: Gaussian, sigma > 0.
-        alpha: failure probability.
-    Raises:
-        ValueError: if the noise is another one, or a number is out of range.
-    """
-    fields = evidence["gradient"]
-    gradient = SplitMeans(**fields) if "inner" in fields else NoisePairs(**fields)
-    return _verdict(evidence, noise, certify_second_order(evidence["count"], evidence["n"], gradient, alpha))
-
-
-def recompute_dipole(evidence: dict[str, Any], noise: Noise, alpha: float) -> tuple[int, float, bool]:
-    """As `recompute_second_order`; evidence: "selection", and the arguments "both", "exactly_one", "n_pairs"."""
-    bound = certify_dipole(evidence["both"], evidence["exactly_one"], evidence["n_pairs"], alpha)
-    return _verdict(evidence, noise, bound)
-
-
 def second_order_radius(p_lower: float, gradient_upper: float, *, failure: float | None = None) -> float:
     """Radius, over sigma, within which a class keeps probability above 1/2, from its probability and gradient.
 
@@ -285,13 +261,6 @@ def pairs_gradient_bound(mean_inner: float, n_pairs: int, n_features: int, alpha
     rate = -math.log(check_alpha(alpha)) / check_count("n_pairs", n_pairs)
     deviation = 4 * math.sqrt(n_features * rate) if n_features >= 2 * rate else 4 * math.sqrt(2) * rate
     return math.sqrt(max(mean_inner + deviation, 0.0)) * (1 + SLACK)
-
-
-def _verdict(evidence: dict[str, Any], noise: Noise, bound: SecondOrderBound | DipoleBound) -> tuple[int, float, bool]:
-    if not isinstance(noise, Gaussian) or noise.smallest == 0:
-        raise ValueError(f"noise must be Gaussian with sigma > 0: the proof is about its density, got {noise!r}")
-    prediction = -1 if bound.abstained else int(np.argmax(evidence["selection"]))
-    return prediction, noise.smallest * bound.radius, bound.abstained
 
 
 def _deviation(n: int, alpha: float) -> float:

@@ -7,6 +7,7 @@ from numpy.typing import ArrayLike
 from scipy.special import betainc, betaincc, betaln
 
 from robustrl.certify.certificate import Floats
+from robustrl.certify.confidence import MOST
 from robustrl.errors import as_floats, check_positive
 from robustrl.noise import Noise
 
@@ -32,8 +33,8 @@ def log_wealth(k: ArrayLike, n: ArrayLike, p0: float) -> tuple[Floats, Floats]:
     if not 0 < p0 < 1:
         raise ValueError(f"p0 must lie in (0, 1), got {p0}")
     k, n = np.broadcast_arrays(as_floats("k", k), as_floats("n", n))
-    if not np.all((k >= 0) & (k <= n) & (k == np.floor(k)) & (n == np.floor(n))):
-        raise ValueError("k must hold integers in [0, n]")
+    if not np.all((k >= 0) & (k <= n) & (k == np.floor(k)) & (n == np.floor(n)) & (n <= MOST)):
+        raise ValueError(f"k must hold integers in [0, n], n integers up to {MOST:.0e}")
     a, b = k + 1, n - k + 1
     null = k * np.log(p0) + (n - k) * np.log1p(-p0)
     with np.errstate(divide="ignore"):
@@ -50,7 +51,8 @@ def threshold(noise: Noise, radius: float) -> float:
     """
     check_positive("radius", radius)
     p0 = float(noise.upper(0.5, radius))  # lower(p, r) >= 1/2 if and only if p >= upper(1/2, r)
-    p0 = 1 - (1 - p0) * (1 - OUTWARD)
-    if p0 >= 1 or noise.radius(p0) < radius * (1 - 1e-6):
-        raise ValueError(f"radius must be one that {noise} can certify, got {radius}")
-    return p0
+    for margin in (OUTWARD, 1e3 * OUTWARD):  # mechanisms have margins of their own
+        above = 1 - (1 - p0) * (1 - margin)
+        if above < 1 and noise.radius(above) >= radius * (1 - 1e-9):
+            return above
+    raise ValueError(f"radius must be one that {noise} can certify, got {radius}")

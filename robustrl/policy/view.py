@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from robustrl.errors import check_count
 from robustrl.policy.actions import ContinuousRule, Kind, action_rule, refuse_broken
-from robustrl.policy.frames import fold_frames, frame_shape, holds_frames
+from robustrl.policy.frames import fold_frames, frame_shape, holds_frames, stacked_shape
 from robustrl.policy.normalization import Normalization
 
 INFERENCE_BATCH = 1024
@@ -201,12 +202,43 @@ class PolicyView(nn.Module):
                 f"normalization has statistics of shape {tuple(mean.shape)}, but the policy takes frames of shape "
                 f"{self.frame_shape} and observations of shape {self.observation_shape}"
             )
+        view = self._behind(lambda part: _Normalized(part, mean, scale, normalization.clip).to(self.device))
+        view.normalization = normalization
+        return view
+
+    def denoised(self, denoiser: nn.Module, n_frames: int | None = None) -> PolicyView:
+        """This policy behind a denoiser, which comes before a normalisation that the policy has already.
+
+        Args:
+            denoiser: torch module from stacks of noisy frames to observations (n, *observation_shape) of this policy. It is shared,
+                moved to the policy's device and put into evaluation mode.
+            n_frames: frames that the denoiser takes; default as many as the policy.
+        Raises:
+            ValueError: if it maps from or to another shape.
+        """
+        if not isinstance(denoiser, nn.Module):
+            raise TypeError(f"denoiser must be a torch.nn.Module, got {type(denoiser).__name__}")
+        frames = self.n_frames if n_frames is None else check_count("n_frames", n_frames)
+        shape = self.observation_shape if frames == self.n_frames else stacked_shape(self.frame_shape, frames)
+        denoiser.to(self.device).eval()
+        with torch.no_grad():
+            try:
+                found = tuple(denoiser(torch.zeros(1, *shape, device=self.device)).shape[1:])
+            except RuntimeError as error:
+                raise ValueError(f"denoiser does not take observations of shape {shape}: {error}") from None
+        if found != self.observation_shape:
+            raise ValueError(f"denoiser must give observations of shape {self.observation_shape}, it gives {found}")
+        view = self._behind(lambda part: _Denoised(part, denoiser))
+        view.observation_shape, view.n_frames = shape, frames
+        return view
+
+    def _behind(self, wrap: Callable[[nn.Module], nn.Module]) -> PolicyView:
+        """A view of the same policy with something before its networks."""
         view = copy.copy(self)
         view._modules = dict(self._modules)
         for name in ("actor", "critic", "q_critic"):
             part = getattr(self, name)
-            setattr(view, name, None if part is None else _Normalized(part, mean, scale, normalization.clip).to(self.device))
-        view.normalization = normalization
+            setattr(view, name, None if part is None else wrap(part))
         return view
 
     @property
@@ -431,6 +463,17 @@ class _ChannelsFirst(nn.Module):
 
     def forward(self, observation: Tensor, *rest: Tensor) -> Any:
         return self.network(observation.movedim(-1, 1), *rest)
+
+
+class _Denoised(nn.Module):
+    """A denoiser before a network."""
+
+    def __init__(self, network: nn.Module, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.network, self.denoiser = network, denoiser
+
+    def forward(self, observation: Tensor, *rest: Tensor) -> Any:
+        return self.network(self.denoiser(observation), *rest)
 
 
 class _Normalized(nn.Module):

@@ -33,8 +33,8 @@ class Row(NamedTuple):
 
     @property
     def correct(self) -> bool:
-        """Whether the prediction is the label."""
-        return self.prediction == self.label
+        """Whether the prediction is the label; abstaining is not."""
+        return self.prediction == self.label >= 0
 
     def line(self) -> str:
         """As in the original logs, with all digits of the radius."""
@@ -56,8 +56,9 @@ class Row(NamedTuple):
             row = cls(int(index), int(label), int(prediction), float(radius), sum(p * 60**i for i, p in enumerate(parts[::-1])))
         except ValueError:
             raise ValueError(f"not a line of a certification log ({HEADER!r}): {line!r}") from None
-        if int(correct) not in (0, 1) or not math.isfinite(row.radius) or row.radius < 0:
-            raise ValueError(f"not a line of a certification log: correct is {correct}, radius {radius}")
+        sound = math.isfinite(row.radius) and math.isfinite(row.seconds) and row.radius >= 0
+        if int(correct) != row.correct or not sound or (row.prediction < 0 and row.radius > 0):
+            raise ValueError(f"not a line of a certification log, it contradicts itself: {line!r}")
         return row
 
 
@@ -101,6 +102,8 @@ class AccuracyReport:
     def certified_accuracy(self, radii: ArrayLike) -> Floats:
         """Share of inputs that are classified correctly with a radius of at least each of `radii`."""
         wanted = check_finite_array("radii", radii)
+        if wanted.min() < 0:
+            raise ValueError(f"radii must be >= 0, got {wanted.min()}")
         return np.asarray((self.radii[:, None] >= wanted.reshape(-1)).mean(axis=0)).reshape(wanted.shape)
 
     def table(self, radii: Sequence[float] | None = None) -> str:

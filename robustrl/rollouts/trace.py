@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +15,12 @@ from numpy.typing import NDArray
 
 from robustrl.agents.voting import MajorityVoteAgent
 from robustrl.certify.certificate import FORMATS
-from robustrl.certify.radius import RadiusCertificate
+from robustrl.certify.classify import certified
+from robustrl.certify.radius import ABSTAIN, SAME, RadiusCertificate
 from robustrl.envs.recipe import EnvRecipe, make_vec_env
-from robustrl.errors import check_alpha, check_choice
+from robustrl.errors import CertificateError, check_alpha, check_choice, check_finite_array
 from robustrl.files import write_atomically
+from robustrl.noise import noise_from_dict
 from robustrl.rollouts.progress import progress_bar
 
 
@@ -80,17 +83,59 @@ class RadiusTrace:
         write_atomically(path, buffer.getvalue())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the numbers and the evidence of every step as JSON, atomically."""
+        """Write the numbers and the evidence of every step as JSON, atomically; `load` recomputes them."""
+        first = self.certificates[0]
         document = {
             "environment": self.label,
             "alpha": self.alpha,
+            "alpha_per_step": first.alpha,
+            "noise": None if first.noise is None else first.noise.to_dict(),
+            "norm": first.norm,
+            "method": first.method,
             "return": float(self.rewards.sum()),
+            "not_covered": list(first.not_covered),
             "steps": [
-                {"action": int(action), "reward": float(reward), "radius": c.radius, "method": c.method, "evidence": c.evidence}
+                {
+                    "action": int(action),
+                    "reward": float(reward),
+                    "prediction": c.prediction,
+                    "radius": c.radius,
+                    "evidence": c.evidence,
+                }
                 for action, reward, c in zip(self.actions, self.rewards, self.certificates, strict=True)
             ],
         }
         write_atomically(path, json.dumps(document, indent=1).encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RadiusTrace:
+        """Read a trace, and recompute every step from its evidence.
+
+        Raises:
+            OSError: if the file cannot be read.
+            CertificateError: if it is damaged, or a radius does not follow from its evidence.
+        """
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+            noise, steps, share = noise_from_dict(document["noise"]), document["steps"], document["alpha_per_step"]
+            common: dict[str, Any] = {"alpha": share, "norm": document["norm"], "scope": "step", "noise": noise}
+            certificates = tuple(certified(document["method"], step["evidence"], **common) for step in steps)
+            actions = np.array([step["action"] for step in steps], dtype=np.int64)
+            rewards = check_finite_array("rewards", [step["reward"] for step in steps])
+            stated = [(step["prediction"], step["radius"]) for step in steps]
+            together = check_alpha(document["alpha"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CertificateError(f"{os.fspath(path)}: no trace that can be recomputed: {error!r}") from None
+        for t, (certificate, (prediction, radius)) in enumerate(zip(certificates, stated, strict=True)):
+            if prediction != certificate.prediction or not math.isclose(radius, certificate.radius, rel_tol=SAME):
+                raise CertificateError(f"{os.fspath(path)}: step {t} does not follow from its evidence: {certificate!r}")
+            if prediction not in (ABSTAIN, int(actions[t])):
+                raise CertificateError(f"{os.fspath(path)}: step {t} certifies another action than was taken")
+        if share * len(steps) > together * (1 + SAME):
+            raise CertificateError(
+                f"{os.fspath(path)}: {len(steps)} steps at level {share} are not one statement at {together}"
+            )
+        return cls(certificates, actions, rewards, together, str(document["environment"]))
 
 
 def radius_trace(

@@ -1,4 +1,4 @@
-"""The run directory: `model.zip`, `run.json`, `normalization.npz`, `chunks/`, `certificate.json`, `attack.json`, `tb/`."""
+"""The run directory: `model.zip`, `run.json`, `normalization.npz`, `denoiser.pt`, `chunks/`, `certificate.json`, `attack.json`, `tb/`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from robustrl.envs.recipe import EnvRecipe
+from robustrl.errors import check_count
 from robustrl.files import write_atomically
 from robustrl.policy import Normalization
 
 SCHEMA = 1
 NORMALIZATION = "normalization.npz"
+DENOISER = "denoiser.pt"
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class RunInfo:
         timesteps: environment steps trained.
         hyperparameters: keyword arguments of the algorithm, as text where they are no plain data.
         versions: of the libraries that trained it.
+        denoiser: of a run whose policy sees its observations through the network in `denoiser.pt`: "frame_stack", the frames that
+            the policy itself takes, and what trained the network; empty without one.
     """
 
     algo: str
@@ -35,10 +39,13 @@ class RunInfo:
     timesteps: int
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    denoiser: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `run.json`, and `normalization.npz` if there is a normalisation, into the folder."""
         stated = asdict(self)
+        if not self.denoiser:
+            del stated["denoiser"]
         if self.recipe.get("normalization") is not None:
             Normalization.from_dict(self.recipe["normalization"]).save(Path(folder) / NORMALIZATION)
             stated["recipe"]["normalization"] = NORMALIZATION
@@ -63,13 +70,30 @@ class RunInfo:
             run = cls(**data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: {error}") from None
-        kinds = {"algo": str, "recipe": dict, "seed": int, "timesteps": int, "hyperparameters": dict, "versions": dict}
+        kinds = {
+            "algo": str,
+            "recipe": dict,
+            "seed": int,
+            "timesteps": int,
+            "hyperparameters": dict,
+            "versions": dict,
+            "denoiser": dict,
+        }
         for name, kind in kinds.items():
             if not isinstance(getattr(run, name), kind):
                 raise ValueError(f"{path} is damaged: {name} must be {kind.__name__}, got {getattr(run, name)!r}")
         if run.recipe.get("normalization") == NORMALIZATION:
             run.recipe["normalization"] = Normalization.load(Path(folder) / NORMALIZATION).to_dict()
         return run
+
+    @property
+    def policy_frames(self) -> int:
+        """Frames that the policy takes, behind a denoiser that may take more.
+
+        Raises:
+            ValueError: if `run.json` does not say.
+        """
+        return check_count("frame_stack", self.denoiser.get("frame_stack", self.recipe.get("frame_stack", 1)))
 
     @property
     def env(self) -> EnvRecipe:

@@ -15,6 +15,7 @@ from scipy.stats import binomtest
 
 from robustrl.certify import second_order
 from robustrl.certify.confidence import clopper_pearson_lower, failure_upper
+from robustrl.certify.methods import METHODS
 from robustrl.certify.second_order import (
     NoisePairs,
     SplitMeans,
@@ -22,8 +23,6 @@ from robustrl.certify.second_order import (
     certify_second_order,
     dipole_radius,
     pairs_gradient_bound,
-    recompute_dipole,
-    recompute_second_order,
     second_order_radius,
     split_mean_bound,
 )
@@ -489,7 +488,7 @@ def test_second_order_certificate_spends_alpha_once(gradient: SplitMeans | Noise
 
 
 def test_second_order_certificate_keeps_the_digits_of_tiny_failure_probabilities() -> None:
-    n = 10**12
+    n = 10**9
     bound = certify_second_order(n, n, SplitMeans(1.0, 1.0, 1, 1), 0.001)
     failure = -math.expm1(math.log(0.0005) / n)
     assert bound.radius == pytest.approx(-z(failure), rel=1e-12)
@@ -533,19 +532,23 @@ def test_abstention() -> None:
 
 
 def test_verdicts_are_recomputed_from_plain_evidence() -> None:
-    split, pairs = SplitMeans(0.001, 0.03, 50_000, 50_000), NoisePairs(0.0, 10**8, 2)
-    for gradient in (split, pairs):
-        evidence = {"selection": [3, 90, 7], "count": 99_000, "n": 100_000, "gradient": asdict(gradient)}
+    common = {"selection": [3, 90, 7], "count": 99_000, "n": 100_000}
+    split, pairs = SplitMeans(0.0006, 0.03, 50_000, 50_000), NoisePairs(0.001, 50_000, 2)
+    for method, gradient, stated in (
+        ("second-order", split, asdict(split) | {"norm1": 0.03}),
+        ("second-order-pairs", pairs, asdict(pairs)),
+    ):
         bound = certify_second_order(99_000, 100_000, gradient, 0.01)
-        assert recompute_second_order(evidence, Gaussian(0.5), 0.01) == (1, 0.5 * bound.radius, False)
-    evidence["count"] = 40_000
-    assert recompute_second_order(evidence, Gaussian(0.5), 0.01) == (-1, 0, True)
+        found = METHODS[method].verdict(common | {"gradient": stated}, Gaussian(0.5), 0.01, 2)
+        assert (found.prediction, found.radius) == (1, 0.5 * bound.radius)
+        assert METHODS[method].verdict(common | {"gradient": stated, "count": 40_000}, Gaussian(0.5), 0.01, 2).prediction == -1
     dipole = {"selection": [0, 5, 95], "both": 800, "exactly_one": 100, "n_pairs": 1000}
     bound = certify_dipole(800, 100, 1000, 0.01)
-    assert recompute_dipole(dipole, Gaussian((0.5, 0.25, 0.0)), 0.01) == (2, 0.25 * bound.radius, False)
+    found = METHODS["dipole"].verdict(dipole, Gaussian((0.5, 0.25, 0.0)), 0.01, 2)
+    assert (found.prediction, found.radius) == (2, 0.25 * bound.radius)
     for noise in (Laplace(0.5), Gaussian(0.0)):
         with pytest.raises(ValueError, match="noise must be Gaussian"):
-            recompute_dipole(dipole, noise, 0.01)
+            METHODS["dipole"].verdict(dipole, noise, 0.01, 2)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import pytest
@@ -12,6 +13,7 @@ from toys import balancer
 import robustrl as rrl
 from robustrl.agents import MajorityVoteAgent
 from robustrl.envs.recipe import EnvRecipe
+from robustrl.errors import CertificateError
 from robustrl.rollouts.trace import RadiusTrace, radius_trace
 
 RECIPE = EnvRecipe(env_id="CartPole-v1", max_episode_steps=25, noise=rrl.Gaussian(0.2))
@@ -50,8 +52,31 @@ def test_it_is_told_in_words_numbers_and_a_picture(trace: RadiusTrace, tmp_path:
     trace.save(tmp_path / "trace.json")
     stored = json.loads((tmp_path / "trace.json").read_text())
     assert [step["radius"] for step in stored["steps"]] == trace.radii.tolist()
+    again = RadiusTrace.load(tmp_path / "trace.json")
+    assert again.radii.tolist() == trace.radii.tolist()
+    assert again.actions.tolist() == trace.actions.tolist()
     with pytest.raises(ValueError, match="suffix of path"):
         trace.plot(tmp_path / "trace.bmp")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["steps"][3].update(radius=9.0), "step 3 does not follow"),
+        (lambda d: d["steps"][3].update(evidence={}), "no trace"),
+        (lambda d: [step.update(action=1 - step["action"]) for step in d["steps"]], "another action"),
+        (lambda d: d.update(alpha=0.01), "not one statement"),
+        (lambda d: d.pop("noise"), "no trace"),
+        (lambda d: d.update(norm=1), "no trace"),
+    ],
+)
+def test_a_trace_that_was_edited_is_found(trace: RadiusTrace, tmp_path: Path, change: Any, message: str) -> None:
+    trace.save(tmp_path / "trace.json")
+    document = json.loads((tmp_path / "trace.json").read_text())
+    change(document)
+    (tmp_path / "trace.json").write_text(json.dumps(document))
+    with pytest.raises(CertificateError, match=message):
+        RadiusTrace.load(tmp_path / "trace.json")
 
 
 def test_alpha_must_be_one() -> None:

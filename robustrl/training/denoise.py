@@ -1,0 +1,482 @@
+"""Train a denoiser for a policy that stays as it is: denoised smoothing.
+
+Salman et al., "Denoised Smoothing: A Provable Defense for Pretrained Classifiers" (NeurIPS 2020), arXiv:2003.01908, for policies:
+the data are the observations of the agent's own rollouts, clean and smoothed, gathered again as the denoiser improves.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from robustrl.envs.recipe import EnvRecipe
+from robustrl.errors import check_choice, check_count, check_positive
+from robustrl.files import write_atomically
+from robustrl.networks import Denoiser, denoiser_for
+from robustrl.noise import Gaussian, Noise
+from robustrl.policy import Padding, PolicyView, fold_frames, push_frame, stacked_shape, start_stack
+from robustrl.policy.actions import ContinuousRule
+from robustrl.policy.loading import ALGORITHMS
+from robustrl.rollouts.collect import make_job
+from robustrl.rollouts.engines import make_engine
+from robustrl.rollouts.executor import build, one_thread
+from robustrl.rollouts.progress import progress_bar as bar
+from robustrl.seeding import chunk_seeds, integer_seed, torch_generator
+from robustrl.training.run_files import DENOISER, RunInfo
+
+SLOTS = 16
+"""Episodes side by side while data are gathered."""
+
+
+class Objective:
+    """What a denoiser is trained for; no objective needs labels or rewards."""
+
+    policies: tuple[PolicyView, ...] = ()
+    """Networks that the loss differentiates through; they stay frozen."""
+
+    def prepare(self, observations: Tensor, seed: int) -> None:
+        """Called when there are new data: observations (n, *shape), clean and noisy."""
+
+    def __call__(self, clean: Tensor, denoised: Tensor, generator: torch.Generator) -> Tensor:
+        """The loss, a scalar, of denoised observations (n, *shape) and the clean ones they came from."""
+        raise NotImplementedError
+
+
+class MSE(Objective):
+    """Mean squared error of the observation, in its own units; knows nothing of the policy."""
+
+    def __call__(self, clean: Tensor, denoised: Tensor, generator: torch.Generator) -> Tensor:
+        return functional.mse_loss(denoised, clean)
+
+
+class Stability(Objective):
+    """The policy shall do on the denoised observation what it does on the clean one.
+
+    Discrete actions: cross-entropy to the clean greedy action, or Kullback-Leibler divergence from the clean distribution. Continuous
+    ones: mean squared error of the executed actions, in units of half their range.
+
+    Args:
+        policies: networks to differentiate through, one drawn per batch: the policy itself, or surrogates.
+        target: whose greedy actions are wanted, asked for actions only; default the policy that was drawn.
+        divergence: the Kullback-Leibler divergence instead, for policies given by logits and without `target`.
+    """
+
+    def __init__(self, *policies: PolicyView, target: PolicyView | None = None, divergence: bool = False) -> None:
+        for policy in policies:
+            if policy.memory_shape is not None:
+                raise ValueError("policies must have no memory: use the objective MSE for a recurrent policy")
+        if divergence and (target is not None or any(policy.kind != "logits" for policy in policies)):
+            raise ValueError("divergence needs policies given by logits, and no target")
+        self.policies, self.target, self.divergence = policies, target, divergence
+
+    def __call__(self, clean: Tensor, denoised: Tensor, generator: torch.Generator) -> Tensor:
+        if not self.policies:
+            raise ValueError("policies must hold at least one policy")
+        draw = int(torch.randint(len(self.policies), (1,), generator=generator, device=generator.device))
+        policy = self.policies[draw]
+        scores, rule = policy.scores(denoised), policy.rule
+        with torch.no_grad():
+            target = self.target or policy
+            clean_scores = target.scores(clean)
+            wanted = target.actions(clean_scores)
+        if self.divergence:
+            found, clean_logs = (functional.log_softmax(part, dim=-1) for part in (scores, clean_scores))
+            return functional.kl_div(found, clean_logs, reduction="batchmean", log_target=True)
+        if not isinstance(rule, ContinuousRule):
+            return functional.cross_entropy(scores, wanted)
+        low, high = rule.bounds(scores)
+        mean = rule.mean(scores)
+        # The environment clips: only what it executes counts, and yet there must be a way back into the range.
+        executed = mean + (torch.clamp(mean, low, high) - mean).detach()
+        half = torch.where(torch.isfinite(high - low), (high - low) / 2, 1.0)
+        return ((executed - wanted) / half).square().mean()
+
+
+class QueryOnly(Stability):
+    """Stability for a policy that can be asked for actions but not differentiated: through surrogates that imitate it.
+
+    Args:
+        policy: asked for greedy actions only.
+        n_surrogates: networks that are fitted to its answers.
+        updates: gradient steps per surrogate, whenever there are new data.
+    """
+
+    def __init__(self, policy: PolicyView, *, n_surrogates: int = 3, updates: int = 2000) -> None:
+        super().__init__(target=policy)
+        self.n_surrogates = check_count("n_surrogates", n_surrogates)
+        self.updates = check_count("updates", updates)
+        if policy.memory_shape is not None:
+            raise ValueError("policy must have no memory: use the objective MSE for a recurrent policy")
+
+    def prepare(self, observations: Tensor, seed: int) -> None:
+        assert self.target is not None
+        actions = ask(self.target, observations)
+        self.policies = tuple(
+            fit_surrogate(self.target, observations, actions, updates=self.updates, seed=seed + i)
+            for i in range(self.n_surrogates)
+        )
+
+
+def ask(policy: PolicyView, observations: Tensor, *, batch: int = 1024) -> Tensor:
+    """A policy's greedy actions (n,) or (n, size) on observations (n, *shape): all that query access gives."""
+    with torch.no_grad():
+        return torch.cat([policy.actions(policy.scores(part)) for part in torch.split(observations, batch)])
+
+
+def fit_surrogate(
+    policy: PolicyView,
+    observations: Tensor,
+    actions: Tensor,
+    *,
+    network: nn.Module | None = None,
+    updates: int = 2000,
+    batch_size: int = 256,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+) -> PolicyView:
+    """A differentiable imitation of a policy, from (observation, action) queries.
+
+    Args:
+        policy: says which observations and actions there are; its networks are not used.
+        observations: (n, *shape).
+        actions: its answers, (n,) or (n, size).
+        network: from observations to scores (n, number of actions) or (n, size); default two tanh layers of 64 on standardised,
+            flattened observations.
+        updates: gradient steps of Adam.
+        batch_size: queries per step.
+        learning_rate: at the start; it falls to zero.
+        seed: of weights and batches.
+    """
+    if len(observations) != len(actions):
+        raise ValueError(f"actions must be as many as observations ({len(observations)}), got {len(actions)}")
+    size = policy.rule.n_scores if policy.discrete else actions[0].numel()
+    if network is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = _standard_network(observations, size)
+    network.to(policy.device).train()
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(network.parameters(), lr=check_positive("learning_rate", learning_rate))
+    for step in range(check_count("updates", updates)):
+        _set_rate(optimizer, learning_rate * (1 - step / updates))
+        rows = torch.randint(len(observations), (batch_size,), generator=generator)
+        scores, wanted = network(observations[rows]), actions[rows]
+        loss = functional.cross_entropy(scores, wanted) if policy.discrete else functional.mse_loss(scores, wanted)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return PolicyView.from_torch(
+        network.eval(),
+        kind="logits" if policy.discrete else "deterministic",
+        observation_shape=policy.observation_shape,
+        n_frames=policy.n_frames,
+        action_space=None if policy.discrete else policy.action_space,  # type: ignore[arg-type]
+    )
+
+
+def _standard_network(observations: Tensor, size: int) -> nn.Module:
+    """Two tanh layers of 64 behind a standardisation that is folded into the first one."""
+    flat = observations.flatten(1)
+    mean, std = flat.mean(0), flat.std(0).clamp(min=1e-6)
+    first = nn.Linear(flat.shape[1], 64)
+    with torch.no_grad():
+        first.weight.div_(std.cpu())
+        first.bias.sub_(first.weight @ mean.cpu())
+    return nn.Sequential(nn.Flatten(), first, nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, size))
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """Clean frame stacks from rollouts.
+
+    Attributes:
+        frames: (n, k, *frame), float32, oldest first.
+        padding: leading frames that fill the stack at the start of an episode, (n,).
+    """
+
+    frames: Tensor
+    padding: Tensor
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def pairs(
+        self, rows: Tensor, policy: PolicyView, noise: Noise, fill: Padding, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """The policy's clean observations, and the denoiser's noisy ones.
+
+        Every frame has noise of its own; the copies of a first frame that fill a stack have the same.
+        """
+        frames, padding = self.frames[rows].to(policy.device), self.padding[rows].to(policy.device)
+        noisy = noise.perturb(frames.flatten(0, 1), generator).reshape(frames.shape)
+        place = torch.arange(frames.shape[1], device=frames.device)
+        if fill == "reset":
+            source = torch.maximum(place, padding[:, None])
+            noisy = noisy[torch.arange(len(noisy), device=frames.device)[:, None], source]
+        else:
+            noisy[place < padding[:, None]] = 0
+        return policy.fold(frames[:, -policy.n_frames :]), _folded(noisy, policy)
+
+
+def _folded(frames: Tensor, policy: PolicyView) -> Tensor:
+    """Observations of stacks that may hold more frames than the policy takes."""
+    n = frames.shape[1]
+    return fold_frames(frames, policy.observation_shape if n == policy.n_frames else stacked_shape(policy.frame_shape, n))
+
+
+def gather(
+    policy: PolicyView, recipe: EnvRecipe, n: int, seed: int, *, n_frames: int | None = None, engine: str = "auto"
+) -> Stacks:
+    """Clean frame stacks of episodes that an agent plays: smoothed with the recipe's noise, or clean without any.
+
+    Whole episodes are played and `n` of their stacks are drawn at random, so that early steps are not preferred.
+
+    Args:
+        policy: who acts, greedily.
+        recipe: environment and noise; the agent sees as many frames as its policy takes.
+        n: number of stacks.
+        seed: of environments, noise and the draw.
+        n_frames: frames in one of the stacks; default as many as the policy takes.
+        engine: how environments run side by side.
+    """
+    found: list[tuple[Tensor, Tensor]] = []
+    total = chunk = 0
+    while total < n:
+        found += _play(policy, recipe, seed, chunk, n_frames or policy.n_frames, engine)
+        total, chunk = sum(len(frames) for frames, _ in found), chunk + 1
+    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:n]
+    return Stacks(torch.cat([frames for frames, _ in found])[chosen], torch.cat([padding for _, padding in found])[chosen])
+
+
+def _play(
+    policy: PolicyView, recipe: EnvRecipe, seed: int, chunk: int, n_frames: int, engine_name: str
+) -> list[tuple[Tensor, Tensor]]:
+    """The clean stacks of one chunk of episodes, step by step, and their padding."""
+    seeds, engine = chunk_seeds(seed, chunk), make_engine(recipe, engine_name)
+    generator, device = torch_generator(seeds.noise, policy.device), policy.device
+
+    def pushed(stack: Tensor | None, frames: Tensor, count: int) -> Tensor:
+        return start_stack(frames, count, recipe.stack_padding) if stack is None else push_frame(stack, frames)
+
+    found: list[tuple[Tensor, Tensor]] = []
+    clean: Tensor | None = None
+    seen: Tensor | None = None
+    try:
+        observations, _ = engine.start(SLOTS, seeds.environment)
+        memory = policy.memory(SLOTS)
+        for step in range(recipe.horizon):
+            frames = torch.from_numpy(np.array(recipe.frames(observations), dtype=np.float32)).to(device)
+            noisy = frames if recipe.noise is None else recipe.noise.perturb(frames, generator)
+            clean, seen = pushed(clean, frames, n_frames), pushed(seen, noisy, policy.n_frames)
+            found.append((clean.cpu(), torch.full((len(clean),), max(0, n_frames - 1 - step))))
+            actions, memory = policy.decide(seen, memory, batch=SLOTS)
+            observations, _, finished = engine.step(_inside(policy.received(actions), recipe))
+            if finished.all():
+                break
+            if finished.any():
+                engine.keep(~finished)
+                kept = torch.from_numpy(~finished).to(device)
+                observations, clean, seen = observations[~finished], clean[kept], seen[kept]
+                memory = None if memory is None else memory[kept]
+    finally:
+        engine.close()
+    return found
+
+
+def _inside(actions: NDArray[Any], recipe: EnvRecipe) -> NDArray[Any]:
+    space: Any = recipe.action_space
+    return actions if actions.ndim == 1 and actions.dtype.kind == "i" else np.clip(actions, space.low, space.high)
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """No gradients and evaluation mode inside; afterwards everything is as before, and the weights bit by bit.
+
+    Raises:
+        RuntimeError: if a weight changed.
+    """
+    layers = [(layer, layer.training) for module in modules for layer in module.modules()]
+    parameters = [(p, p.requires_grad) for module in modules for p in module.parameters()]
+    before = [{name: tensor.clone() for name, tensor in module.state_dict().items()} for module in modules]
+    try:
+        for module in modules:
+            module.eval().requires_grad_(False)
+        yield
+        for module, state in zip(modules, before, strict=True):
+            for name, tensor in module.state_dict().items():
+                if not torch.equal(tensor, state[name]):
+                    raise RuntimeError(f"the policy was to stay frozen, but its {name} changed")
+    finally:
+        for parameter, flag in parameters:
+            parameter.requires_grad_(flag)
+        for layer, flag in layers:
+            layer.training = flag
+
+
+def denoise(
+    model: Any,
+    env: Any,
+    *,
+    noise: Noise | None = None,
+    objective: str | Objective = "mse",
+    denoiser: Denoiser | None = None,
+    history: int | None = None,
+    sigmas: Sequence[float] | None = None,
+    rounds: int = 4,
+    observations: int = 20_000,
+    updates: int = 2_000,
+    batch_size: int = 256,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    progress_bar: bool = False,
+) -> Denoiser:
+    """Train a denoiser for a frozen policy under the noise that it will be certified with.
+
+    The policy and its normalisation stay as they are, bit for bit. `robustrl.agents.DenoisedAgent` puts the two together.
+
+    Args:
+        model: SB3 model or `PolicyView`, trained in whatever way.
+        env: anything `EnvRecipe.of` takes.
+        noise: if `env` does not say.
+        objective: "mse", "stability", "query" (stability through surrogates that are fitted to queried actions), or an `Objective`.
+        denoiser: what to train further, e.g. one that was trained for "mse", or of another size; default `denoiser_for` the data.
+        history: frames that the denoiser sees, at least as many as the policy takes, which is the default. Certify with
+            `frame_stack=history`. A few more frames are worth a lot: one noisy frame does not say much.
+        sigmas: noise levels to train for, one drawn per batch, instead of the recipe's Gaussian alone; use the result `at` one.
+        rounds: how often data are gathered, by the clean agent and by the smoothed, so far denoised one, half of them each.
+        observations: clean observations per round; all rounds' are kept (in memory).
+        updates: gradient steps of Adam per round.
+        batch_size: observations per step.
+        learning_rate: at the start; it falls to zero over all rounds.
+        seed: of rollouts, weights, batches and noise.
+        progress_bar: show a bar with an ETA.
+    Returns:
+        the denoiser, in evaluation mode, for the recipe's noise level.
+    Raises:
+        ValueError: for bad arguments, or a policy that does not fit the environment.
+        RuntimeError: if the loss is not finite.
+    """
+    recipe = EnvRecipe.of(env, noise=noise)
+    if recipe.noise is None:
+        raise ValueError("noise must be given: there is nothing to denoise; pass noise=, e.g. Gaussian(0.2) (--sigma 0.2)")
+    check_count("rounds", rounds)
+    check_count("observations", observations, least=2)
+    check_count("updates", updates)
+    check_count("batch_size", batch_size)
+    check_positive("learning_rate", learning_rate)
+    policy = recipe.view(model)
+    job = make_job(policy, recipe, seed=seed)
+    levels = _levels(recipe.noise, sigmas)
+    loss_of = _objective(objective, policy)
+    roots = np.random.SeedSequence(seed).spawn(2 * rounds + 2)
+    noises, batches = torch_generator(roots[-1], policy.device), torch_generator(roots[-2])
+    data: list[Stacks] = []
+    n_frames = policy.n_frames if history is None else check_count("history", history, least=policy.n_frames)
+    if denoiser is not None:
+        policy.denoised(denoiser, n_frames)
+    with one_thread(), frozen(policy, *loss_of.policies), bar("denoise", rounds * updates, visible=progress_bar) as advance:
+        for done in range(rounds):
+            smoothed = policy if denoiser is None else policy.denoised(denoiser, n_frames)
+            half = observations // 2
+            for actor, chain, n, root in (
+                (policy, replace(recipe, noise=None), observations - half, roots[2 * done]),
+                (smoothed, recipe, half, roots[2 * done + 1]),
+            ):
+                data.append(gather(actor, chain, n, integer_seed(root) >> 1, n_frames=n_frames, engine=job.engine))
+            stacks = Stacks(torch.cat([part.frames for part in data]), torch.cat([part.padding for part in data]))
+            clean, noisy = stacks.pairs(torch.arange(len(stacks)), policy, recipe.noise, recipe.stack_padding, noises)
+            if denoiser is None:
+                inputs = _folded(stacks.frames, policy)
+                sigma = _level(recipe.noise, inputs, noisy.to(inputs.device))
+                denoiser = denoiser_for(inputs, sigma, policy.observation_shape, seed=seed).to(policy.device)
+            loss_of.prepare(torch.cat((clean, denoiser.newest(noisy))), seed)
+            denoiser.train()
+            optimizer = torch.optim.Adam(denoiser.parameters(), lr=learning_rate)
+            for step in range(updates):
+                _set_rate(optimizer, learning_rate * (1 - (done * updates + step) / (rounds * updates)))
+                rows = torch.randint(len(stacks), (batch_size,), generator=batches)
+                level, mechanism = levels[int(torch.randint(len(levels), (1,), generator=batches))]
+                clean, noisy = stacks.pairs(rows, policy, mechanism, recipe.stack_padding, noises)
+                network = denoiser if level is None else denoiser.at(level)
+                loss = loss_of(clean, network(noisy), batches)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                advance(1)
+            if not torch.isfinite(loss):
+                raise RuntimeError("the denoiser's loss is not finite: try a smaller learning_rate")
+    assert denoiser is not None
+    return denoiser.eval()
+
+
+def _levels(noise: Noise, sigmas: Sequence[float] | None) -> list[tuple[float | None, Noise]]:
+    if sigmas is None:
+        return [(None, noise)]
+    if not sigmas:
+        raise ValueError("sigmas must hold at least one noise level, got none")
+    if not isinstance(noise, Gaussian) or isinstance(noise.sigma, tuple):
+        raise ValueError(f"sigmas need Gaussian noise of a single sigma, got {noise}")
+    return [(check_positive("sigmas", sigma), Gaussian(sigma)) for sigma in sigmas]
+
+
+def _objective(objective: str | Objective, policy: PolicyView) -> Objective:
+    if isinstance(objective, Objective):
+        return objective
+    name = check_choice("objective", objective, ("mse", "stability", "query"))
+    return MSE() if name == "mse" else Stability(policy) if name == "stability" else QueryOnly(policy)
+
+
+def _level(noise: Noise, clean: Tensor, noisy: Tensor) -> float:
+    """Sigma of Gaussian noise; of any other its root mean square on the data."""
+    if isinstance(noise, Gaussian) and isinstance(noise.sigma, float):
+        return noise.sigma
+    return float((noisy - clean).double().square().mean().sqrt())
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def denoise_run(
+    model_file: str | os.PathLike[str], model: Any, env: Any, out: str | os.PathLike[str], *, seed: int = 0, **options: Any
+) -> Denoiser:
+    """`denoise`, into a run directory that `certify`, `attack` and `verify` take: the model's file byte for byte, and a denoiser.
+
+    Args:
+        model_file: the SB3 zip.
+        model: what was loaded from it.
+        env: the recipe with the noise, and the frame stack that the policy itself takes.
+        out: run directory; must not hold another model.
+        seed: of everything.
+        options: of `denoise`, recorded as plain data.
+    Raises:
+        FileExistsError: if `out` already holds a model.
+        TypeError: if the model is no SB3 model, or has a denoiser already.
+    """
+    folder, recipe = Path(out), EnvRecipe.of(env)
+    if (folder / "model.zip").exists():
+        raise FileExistsError(f"{folder} already holds a model; choose another --out, or delete it")
+    name = type(model).__name__.lower()
+    algo = next((known for known in ALGORITHMS if known.replace("_", "") == name), None)
+    if algo is None:
+        raise TypeError(f"model must be a Stable-Baselines3 model without a denoiser, got {type(model).__name__}")
+    content = Path(model_file).read_bytes()
+    denoiser = denoise(model, recipe, seed=seed, **options)
+    denoiser.save(folder / DENOISER)
+    record = {"frame_stack": recipe.frame_stack} | {key: value for key, value in options.items() if key != "progress_bar"}
+    recipe = replace(recipe, frame_stack=denoiser.n_frames(recipe.frame_stack))
+    steps = int(getattr(model, "num_timesteps", 0))
+    RunInfo(algo, recipe.to_dict(), seed, steps, versions=dict(build()), denoiser=record).save(folder)
+    write_atomically(folder / "model.zip", content)  # last: a folder with a model is complete
+    return denoiser
