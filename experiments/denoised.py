@@ -32,7 +32,7 @@ from robustrl.report.figures import save_figure
 from robustrl.training.denoise import denoise
 from robustrl.training.run_files import RunInfo
 
-RESULTS, CACHE, ZOO = Path("experiments/results/denoised"), Path("experiments/cache/denoised"), Path("zoo")
+RESULTS, TRAINED, ZOO = Path("experiments/results/denoised"), Path("zoo/denoisers"), Path("zoo")
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def agents(name: str, settings: Settings) -> dict[str, tuple[PolicyView, rrl.Env
 
 def trained(name: str, settings: Settings, model: Any, recipe: rrl.EnvRecipe, objective: str, history: int) -> Denoiser:
     """A denoiser; loaded if it is there already."""
-    path = CACHE / name / f"{objective}-{history}.pt"
+    path = TRAINED / name / f"{objective}-{history}.pt"
     if not path.exists():
         begin = time.perf_counter()
         options = {"objective": objective, "history": history, "seed": settings.seed, **dict(settings.training)}
