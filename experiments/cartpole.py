@@ -22,8 +22,9 @@ from matplotlib.figure import Figure
 
 import robustrl as rrl
 from robustrl.attacks import FlipAttack, MinimalFlip, SmoothedPGD
+from robustrl.files import save_figure
 from robustrl.report.attack import AttackReport, load_reports, save_reports
-from robustrl.report.figures import certificate_figure, save_figure
+from robustrl.report.figures import certificate_figure
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,7 @@ from stable_baselines3.common.env_util import make_vec_env
 import robustrl as rrl
 from robustrl.agents.cloning import BehaviourCloning
 from robustrl.certify.labels import LabelVote
-from robustrl.files import write_atomically
-from robustrl.report.figures import save_figure
+from robustrl.files import save_figure, write_atomically
 
 RESULTS = Path("experiments/results/cloning")
 

@@ -24,11 +24,10 @@ import robustrl as rrl
 from robustrl.attacks import ActionDeviation, GradientAttack, MinimalFlip, Spread
 from robustrl.attacks.base import Attack
 from robustrl.envs.units import frame_units
-from robustrl.files import write_atomically
+from robustrl.files import save_figure, write_atomically
 from robustrl.networks import Denoiser, load_denoiser
 from robustrl.policy import PolicyView
 from robustrl.report.attack import AttackReport, load_reports, save_reports
-from robustrl.report.figures import save_figure
 from robustrl.training.denoise import denoise
 from robustrl.training.run_files import RunInfo
 

@@ -12,9 +12,9 @@ import numpy as np
 import robustrl as rrl
 from robustrl.attacks.base import Attack
 from robustrl.envs.units import frame_units
-from robustrl.files import write_atomically
+from robustrl.files import save_figure, write_atomically
 from robustrl.report.attack import AttackReport, attack_table, load_reports, save_reports
-from robustrl.report.figures import certificate_figure, save_figure
+from robustrl.report.figures import certificate_figure
 from robustrl.training.run_files import RunInfo
 
 RESULTS, CACHE, ZOO = Path("experiments/results"), Path("experiments/cache"), Path("zoo")

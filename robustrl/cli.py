@@ -308,8 +308,9 @@ def attack(
     from robustrl.api import attack_policy
     from robustrl.certify.episode import EpisodeCertificate
     from robustrl.envs.units import frame_units
+    from robustrl.files import save_figure
     from robustrl.report.attack import attack_table, save_reports
-    from robustrl.report.figures import certificate_figure, save_figure
+    from robustrl.report.figures import certificate_figure
     from robustrl.report.tensorboard import log_certificate
 
     changes = {
@@ -401,8 +402,9 @@ def plot(
 ) -> None:
     """Draw the certified curve, with the attacks stored beside it."""
     from robustrl.certify.episode import EpisodeCertificate
+    from robustrl.files import save_figure
     from robustrl.report.attack import load_reports
-    from robustrl.report.figures import certificate_figure, save_figure
+    from robustrl.report.figures import certificate_figure
 
     path = target / "certificate.json" if target.is_dir() else target
     certificate = EpisodeCertificate.load(path)

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from robustrl.errors import check_choice
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FIGURES = (".png", ".pdf", ".svg")
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
@@ -26,3 +35,17 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a matplotlib figure as .png, .pdf or .svg, atomically.
+
+    Raises:
+        ValueError: for another suffix.
+        OSError: if the file cannot be written.
+    """
+    suffix = Path(path).suffix.lower()
+    check_choice("suffix of path", suffix, FIGURES)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=suffix[1:], dpi=150)
+    write_atomically(path, buffer.getvalue())

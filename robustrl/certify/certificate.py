@@ -24,8 +24,6 @@ from robustrl.files import write_atomically
 
 Floats = NDArray[np.float64]
 
-FORMATS = (".png", ".pdf", ".svg")
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Certificate(ABC):

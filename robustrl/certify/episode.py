@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import textwrap
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
-from robustrl.certify.certificate import FORMATS, Certificate, Floats
+from robustrl.certify.certificate import Certificate, Floats
 from robustrl.certify.storage import Fields, encode_floats, encode_returns, plain_data
 from robustrl.errors import CertificateError, check_alpha, check_choice, check_count, check_real
-from robustrl.files import write_atomically
+from robustrl.files import save_figure
 from robustrl.noise import Noise
 from robustrl.threat import ThreatModel
 
@@ -261,13 +259,9 @@ class EpisodeCertificate(Certificate):
         """
         from matplotlib.figure import Figure
 
-        suffix = Path(path).suffix.lower()
-        check_choice("suffix of path", suffix, FORMATS)
         figure = Figure(figsize=(6, 4), layout="constrained")
         self.draw(figure.subplots())
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix[1:], dpi=150)
-        write_atomically(path, buffer.getvalue())
+        save_figure(figure, path)
 
     def _specific(self) -> dict[str, Any]:
         evidence = {"successes": self.evidence} if isinstance(self.evidence, int) else encode_returns(self.evidence)

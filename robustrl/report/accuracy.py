@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -13,9 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from robustrl.certify.certificate import FORMATS
-from robustrl.errors import check_choice, check_finite_array
-from robustrl.files import write_atomically
+from robustrl.errors import check_finite_array
+from robustrl.files import save_figure, write_atomically
 
 Floats = NDArray[np.float64]
 HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime"
@@ -161,8 +159,6 @@ def accuracy_figure(reports: dict[str, AccuracyReport], path: str | os.PathLike[
     """Certified-accuracy curves in one figure, written as .png, .pdf or .svg, atomically."""
     from matplotlib.figure import Figure
 
-    suffix = Path(path).suffix.lower()
-    check_choice("suffix of path", suffix, FORMATS)
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     ax = figure.subplots()
     for label, report in reports.items():
@@ -174,9 +170,7 @@ def accuracy_figure(reports: dict[str, AccuracyReport], path: str | os.PathLike[
     ax.grid(alpha=0.3)
     if any(reports):
         ax.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=suffix[1:], dpi=150)
-    write_atomically(path, buffer.getvalue())
+    save_figure(figure, path)
 
 
 def read_rows(lines: Iterable[str]) -> list[Row]:

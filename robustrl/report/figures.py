@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import io
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from robustrl.certify.certificate import FORMATS
 from robustrl.certify.episode import EpisodeCertificate
-from robustrl.errors import check_choice
-from robustrl.files import write_atomically
 from robustrl.report.attack import AttackReport
 
 if TYPE_CHECKING:
@@ -65,16 +59,3 @@ def certificate_figure(
     if title:
         ax.set_title(title)
     return figure
-
-
-def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure as .png, .pdf or .svg, atomically.
-
-    Raises:
-        ValueError: for another suffix.
-    """
-    suffix = Path(path).suffix.lower()
-    check_choice("suffix of path", suffix, FORMATS)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=suffix[1:], dpi=150)
-    write_atomically(path, buffer.getvalue())

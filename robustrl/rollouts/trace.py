@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -14,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustrl.agents.voting import MajorityVoteAgent
-from robustrl.certify.certificate import FORMATS
 from robustrl.certify.classify import certified
 from robustrl.certify.radius import ABSTAIN, SAME, RadiusCertificate
 from robustrl.envs.recipe import EnvRecipe, make_vec_env
-from robustrl.errors import CertificateError, check_alpha, check_choice, check_finite_array
-from robustrl.files import write_atomically
+from robustrl.errors import CertificateError, check_alpha, check_finite_array
+from robustrl.files import save_figure, write_atomically
 from robustrl.noise import noise_from_dict
 from robustrl.rollouts.progress import progress_bar
 
@@ -64,8 +62,6 @@ class RadiusTrace:
         """Write the radius over the steps as .png, .pdf or .svg, atomically."""
         from matplotlib.figure import Figure
 
-        suffix = Path(path).suffix.lower()
-        check_choice("suffix of path", suffix, FORMATS)
         figure = Figure(figsize=(7, 3.2), layout="constrained")
         ax = figure.subplots()
         steps = np.arange(len(self.radii))
@@ -78,9 +74,7 @@ class RadiusTrace:
         ax.set_ylabel(f"certified l{self.certificates[0].norm:g} radius")
         ax.set_ylim(bottom=-0.02 * float(self.radii.max() or 1))
         ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix[1:], dpi=150)
-        write_atomically(path, buffer.getvalue())
+        save_figure(figure, path)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the numbers and the evidence of every step as JSON, atomically; `load` recomputes them."""

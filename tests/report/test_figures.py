@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from robustrl.certify.returns import certify_quantile, certify_return, certify_success
+from robustrl.files import save_figure
 from robustrl.noise import Gaussian, Laplace
 from robustrl.report.attack import AttackReport
-from robustrl.report.figures import certificate_figure, save_figure
+from robustrl.report.figures import certificate_figure
 from robustrl.threat import ThreatModel
 
 BUDGETS = [0.0, 0.2, 0.6]
@@ -111,7 +112,7 @@ def test_a_full_disk_leaves_the_old_figure(tmp_path: Path, monkeypatch: pytest.M
 def test_figures_need_no_display(tmp_path: Path) -> None:
     script = (
         "from robustrl.certify.returns import certify_success as c; from robustrl.noise import Gaussian as G\n"
-        "from robustrl.report.figures import *\n"
+        "from robustrl.files import save_figure; from robustrl.report.figures import certificate_figure\n"
         "import sys; save_figure(certificate_figure(c(9, 10, G(1.0), [0.1])), sys.argv[1])"
     )
     env = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")}
