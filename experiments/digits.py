@@ -29,7 +29,7 @@ from robustrl.noise import Noise
 from robustrl.policy import PolicyView
 from robustrl.report.accuracy import AccuracyReport, Row, accuracy_figure
 from robustrl.rollouts.executor import LocalExecutor, one_thread
-from robustrl.training.denoise import MSE, Objective, Stability
+from robustrl.training.objectives import MSE, Objective, Stability
 
 OUT = Path(__file__).parent / "results" / "digits"
 LEVELS = 16

@@ -21,19 +21,8 @@ import robustrl as rrl
 from robustrl import cli
 from robustrl.networks import Denoiser, ResidualMLP, load_denoiser
 from robustrl.policy import PolicyView
-from robustrl.training.denoise import (
-    MSE,
-    Objective,
-    QueryOnly,
-    Stability,
-    Stacks,
-    ask,
-    denoise,
-    denoise_run,
-    fit_surrogate,
-    frozen,
-    gather,
-)
+from robustrl.training.denoise import Stacks, denoise, denoise_run, frozen, gather
+from robustrl.training.objectives import MSE, Objective, QueryOnly, Stability, ask, fit_surrogate
 
 MEAN = np.array([1.0, -2.0, 0.5])
 MIX = np.array([[1.0, 0.0, 0.0], [0.8, 0.5, 0.0], [0.0, -0.3, 0.2]])
