@@ -128,7 +128,7 @@ def decisions(n_inputs: int = 200) -> dict[str, Any]:
             "median_samples": float(np.median(n)),
             "fewer_by": float(100_000 / n.mean()),
             "undecided": sum(answer.evidence["answer"] == "undecided" for answer in answers),
-            "wrong": wrong,
+            "wrong": int(wrong),
         }
         print(f"decide radius {radius}: {found[f'radius {radius}']}", flush=True)
     return found

@@ -152,8 +152,11 @@ class _Log:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "settings.json"
-        if path.exists():
+        path, log = self.folder / "settings.json", self.folder / "log.tsv"
+        if log.exists():
+            with open(log, encoding="utf-8", newline="") as lines:
+                self.rows = read_rows(lines)
+        if self.rows and path.exists():
             before, now = json.loads(path.read_text()), json.loads(json.dumps(settings))
             differs = sorted(name for name in now if before.get(name) != now[name])
             if differs:
@@ -162,18 +165,13 @@ class _Log:
                     "delete it"
                 )
         write_atomically(path, json.dumps(settings, indent=1).encode())
-        if (self.folder / "log.tsv").exists():
-            with open(self.folder / "log.tsv", encoding="utf-8", newline="") as lines:
-                self.rows = read_rows(lines)
         evidence = self.folder / EVIDENCE
         kept = evidence.read_text(encoding="utf-8").split("\n")[:-1] if evidence.exists() else []
         pairs = zip(self.rows, kept, chosen, strict=False)
         whole = list(takewhile(lambda each: each[0].idx == json.loads(each[1])["idx"] == each[2], pairs))
         self.rows = [row for row, _, _ in whole]
         write_atomically(evidence, "".join(line + "\n" for _, line, _ in whole).encode())
-        write_atomically(
-            self.folder / "log.tsv", "".join(f"{line}\n" for line in [HEADER, *(r.line() for r in self.rows)]).encode()
-        )
+        write_atomically(log, "".join(f"{line}\n" for line in [HEADER, *(r.line() for r in self.rows)]).encode())
 
     def add(self, row: Row, certificate: RadiusCertificate) -> None:
         self.rows.append(row)
@@ -209,7 +207,7 @@ def verify_images(folder: str | os.PathLike[str]) -> AccuracyReport:
         raise CertificateError(f"{home} holds no certificates of inputs that can be read: {error!r}") from None
     if [row.idx for row in report.rows] != list(chosen) or order != list(chosen):
         raise CertificateError(
-            f"{home}: the certificates must be of every {chosen.step}. of {chosen.stop} inputs, in order; the log has "
+            f"{home}: there must be one certificate for each of the inputs {list(chosen[:3])} ... of {chosen.stop}, in order; the log has "
             f"{len(report)}, the evidence {len(order)} (an interrupted run goes on when it is repeated)"
         )
     if _digest_of([row.label for row in report.rows]) != settings["labels"]:

@@ -361,7 +361,9 @@ def attack(
 
 @app.command()
 def verify(
-    certificate: Annotated[Path, typer.Argument(help="Run directory, certificate file, or folder of certify-images.")],
+    certificate: Annotated[
+        Path, typer.Argument(help="Run directory, certificate file, trace.json, or folder of certify-images.")
+    ],
     model: Annotated[
         Path | None, typer.Option(help="Run directory or zip to replay episodes with; default the run beside it.")
     ] = None,
@@ -378,6 +380,11 @@ def verify(
     if (certificate / EVIDENCE).exists():
         report = verify_images(certificate)
         print(f"verified: the radii of all {len(report)} inputs follow from their evidence\n{report.table()}")
+        return
+    if certificate.name == "trace.json":
+        from robustrl.rollouts.trace import RadiusTrace
+
+        print(f"verified: every step's radius follows from its evidence\n{RadiusTrace.load(certificate).table()}")
         return
     if certificate.is_dir():
         certificate = certificate / "certificate.json"

@@ -52,10 +52,11 @@ def trace(
     policy_kwargs: PolicyKwargs = None,
     trust: Trust = False,
 ) -> None:
-    """Play one episode by majority vote and certify every action; writes trace.json and trace.png."""
+    """Play one episode by majority vote and certify every (discrete) action; writes trace.json and trace.png."""
     from dataclasses import replace
 
     from robustrl.agents import MajorityVoteAgent
+    from robustrl.envs.recipe import EnvRecipe
     from robustrl.rollouts.trace import radius_trace
 
     changes = {
@@ -65,7 +66,8 @@ def trace(
         "env_kwargs": parse_object("--env-kwargs", env_kwargs),
     }
     model, recipe = open_model(target, env, algo, changes, policy_kwargs, trust)
-    chosen = parse_noise(sigma, noise) or recipe.noise
+    recipe = EnvRecipe.of(recipe, noise=parse_noise(sigma, noise))  # a second noise is refused
+    chosen = recipe.noise
     if chosen is None:
         raise ValueError("--sigma or --noise must be given: the run has no noise of its own")
     agent = MajorityVoteAgent(recipe.view(model), chosen, seed=seed)

@@ -44,6 +44,8 @@ class Verification:
 
     def __str__(self) -> str:
         text = "digest and recomputed bound agree with the stored evidence"
+        if not isinstance(self.certificate, EpisodeCertificate):
+            return f"{text}; that the evidence is of this model and input is its author's word"
         if self.bit_equal is None:
             return text + "; episodes were not replayed (give the model to do so)"
         chunks = f"{len(self.replayed)} chunk(s) {list(self.replayed)} replayed"

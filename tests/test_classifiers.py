@@ -100,13 +100,22 @@ def test_another_run_does_not_go_on_from_a_folder(tmp_path: Path) -> None:
             certify_images(**arguments, noise=Gaussian(0.3), n=2000, folder=tmp_path)
 
 
+def test_a_run_that_failed_at_once_does_not_block_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        certify_images(sign(), X[:, :, :1], Y, Gaussian(0.3), n=2000, folder=tmp_path)
+    with pytest.raises(ValueError, match="norm must be"):
+        certified(folder=tmp_path, norm=7)
+    certified(folder=tmp_path)
+    verify_images(tmp_path)
+
+
 @pytest.mark.parametrize("lines", [[0, 1, 2], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [0, 0, *range(1, 11)], [*range(12), 3]])
 def test_a_choice_among_the_inputs_does_not_verify(tmp_path: Path, lines: list[int]) -> None:
     certified(folder=tmp_path)
     for name, first in (("log.tsv", 1), ("evidence.jsonl", 0)):
         text = (tmp_path / name).read_text().splitlines(keepends=True)
         (tmp_path / name).write_text("".join(text[:first] + [text[first + i] for i in lines]))
-    with pytest.raises(CertificateError, match="must be of every 1. of 12 inputs"):
+    with pytest.raises(CertificateError, match="there must be one certificate for each"):
         verify_images(tmp_path)
     again = certified(folder=tmp_path)
     assert [row.idx for row in again.rows] == list(range(12))

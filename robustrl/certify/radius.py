@@ -41,7 +41,7 @@ class RadiusCertificate(Certificate):
     """A prediction that no attacker strictly within a radius can change (norm 0: with at most that many changes).
 
     Args:
-        prediction: the certified class, or -1 if no statement is made: abstaining is always sound.
+        prediction: the certified class, or -1 if no statement is made: abstaining is always sound. Of a trajectory: its steps.
         radius: in `norm`, in the units of the input; 0 when abstaining.
         norm: 0, 1, 2 or inf.
         scope: what is attacked: one "input", one "step" of a policy, every step of a "trajectory", or "training-labels".
@@ -128,8 +128,12 @@ class RadiusCertificate(Certificate):
 
     def table(self) -> str:
         """The certificate as plain text."""
+        what = ("prediction", "none (abstains)" if self.abstained else str(self.prediction))
+        if self.scope == "trajectory":
+            bounded = "of the whole episode" if self.evidence.get("budget") == "episode" else "of every step's frame"
+            what = ("steps", f"{self.prediction}; the radius is that {bounded}")
         rows = [
-            ("prediction", "none (abstains)" if self.abstained else str(self.prediction)),
+            what,
             (f"l{self.norm:g} radius", f"{self.radius:.6g}"),
             ("method", f"{self.method}, {'no noise' if self.noise is None else self.noise.scale}"),
             ("confidence", "certain" if self.alpha == 0 else f"{100 * (1 - self.alpha):.10g}%"),

@@ -130,6 +130,7 @@ class Smoothed:
         module = self.function if isinstance(self.function, nn.Module) else None
         found = None if module is None else next((p.device for p in module.parameters()), None)
         self.device = torch.device(device or found or "cpu")
+        self._copy: tuple[list[tuple[int, int]], PolicyView] | None = None
         self._next_stream = integer_seed(np.random.SeedSequence(seed))
 
     def tally(
@@ -271,7 +272,7 @@ class Smoothed:
         """The base function, to be called on rows; its module in evaluation mode meanwhile."""
         function, modes = self.function, []
         if isinstance(function, PolicyView):
-            view = function.for_inference()
+            view = self._for_inference(function)
             function = view.scores if view.discrete else view.mean_action
         elif isinstance(function, nn.Module):
             modes = [(part, part.training) for part in function.modules()]
@@ -282,6 +283,13 @@ class Smoothed:
         finally:
             for part, mode in modes:
                 part.training = mode
+
+    def _for_inference(self, view: PolicyView) -> PolicyView:
+        """The view's frozen copy, made again when its weights have changed: copying takes as long as ten thousand samples."""
+        versions = [(t.data_ptr(), t._version) for t in (*view.actor.parameters(), *view.actor.buffers())]
+        if self._copy is None or self._copy[0] != versions:
+            self._copy = versions, view.for_inference()
+        return self._copy[1]
 
     def _scores(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         casting: AbstractContextManager[Any] = nullcontext()

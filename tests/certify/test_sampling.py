@@ -205,6 +205,16 @@ def test_a_policy_is_counted_by_what_its_model_predicts(algorithm: Any) -> None:
     assert function.tally(x, 400).counts.tolist() == [np.bincount(actions, minlength=2).tolist()]
 
 
+def test_a_policy_that_is_trained_on_is_counted_as_it_is_now() -> None:
+    model = PPO("MlpPolicy", "CartPole-v1", seed=0, device="cpu")
+    function, x = smoothed(model, Gaussian(0.3)), np.zeros((1, 4), dtype=np.float32)
+    before = function.tally(x, 400).counts
+    with torch.no_grad():
+        model.policy.action_net.bias += torch.tensor([100.0, 0.0])
+    assert function.tally(x, 400).counts.tolist() == [[400, 0]]
+    assert before.tolist() != [[400, 0]]
+
+
 def test_outputs_come_in_the_order_of_the_inputs() -> None:
     base = Recorder()
     outputs = smoothed(base).outputs(POINTS, 700)
