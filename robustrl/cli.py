@@ -374,6 +374,8 @@ def verify(
 ) -> None:
     """Recompute a certificate from its evidence; with the model, replay random chunks of its episodes."""
     from robustrl.api import load_agent
+    from robustrl.certify.certificate import Certificate
+    from robustrl.certify.episode import EpisodeCertificate
     from robustrl.classifiers import EVIDENCE, verify_images
     from robustrl.verification import verify_certificate
 
@@ -390,8 +392,8 @@ def verify(
         certificate = certificate / "certificate.json"
     if not certificate.exists():
         raise FileNotFoundError(f"no certificate {certificate}")
-    beside = certificate.parent
-    if model is None and (beside / "model.zip").exists() and (beside / "run.json").exists():
+    beside, replayable = certificate.parent, isinstance(Certificate.load(certificate), EpisodeCertificate)
+    if replayable and model is None and (beside / "model.zip").exists() and (beside / "run.json").exists():
         model = beside
     kwargs = parse_object("--policy-kwargs", policy_kwargs)
     agent = None if model is None else load_agent(model, algo=algo, policy_kwargs=kwargs, trust=trust)

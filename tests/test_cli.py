@@ -19,8 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from toys import NothingToDo
 
 from robustrl import cli, options
+from robustrl.certify.classify import radius_from_counts
 from robustrl.certify.episode import EpisodeCertificate
 from robustrl.errors import CertificateViolationError
+from robustrl.noise import Gaussian
 from robustrl.report.attack import load_reports
 
 
@@ -498,3 +500,12 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch:
         cli.main()
     assert not stop.value.code
     assert capsys.readouterr().out == "robustrl 0.1.0\n"
+
+
+def test_a_certificate_of_one_input_verifies_beside_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has no episodes; the model of the folder is not asked to play them."""
+    for name in ("model.zip", "run.json"):
+        (tmp_path / name).write_text("not to be opened")
+    radius_from_counts(Gaussian(0.2), 990, 1000, alpha=0.05).save(tmp_path / "certificate.json")
+    cli.verify(tmp_path / "certificate.json")
+    assert "its author's word" in capsys.readouterr().out

@@ -7,6 +7,7 @@ whole episodes.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from robustrl.noise import Noise
 from robustrl.policy import Normalization, PolicyView
 
 
-class VotingAgent:
+class VotingAgent(ABC):
     """What the two share: a policy without memory, the noise on its whole observation, and SB3's `predict`.
 
     Args:
@@ -81,15 +82,18 @@ class VotingAgent:
         actions = self._vote(found)
         return (actions[0] if single else actions), None
 
-    def _vote(self, observations: NDArray[np.float32]) -> NDArray[Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _vote(self, observations: NDArray[Any]) -> NDArray[Any]:
+        """Actions (n, ...) on clean observations."""
 
-    def _batch(self, observation: Any) -> tuple[NDArray[np.float32], bool]:
+    def _batch(self, observation: Any) -> tuple[NDArray[Any], bool]:
+        """Observations (n, *observation) in the precision they came in, and whether there was a single one."""
         found, shape = np.asarray(observation), self.policy.observation_shape
         single = found.shape == shape
         if not single and found.shape[1:] != shape:
             raise ValueError(f"observation must have shape {shape} or (n, *{shape}), got {found.shape}")
-        return (found[None] if single else found).astype(np.float32), single
+        found = found[None] if single else found
+        return (found if found.dtype.kind == "f" else found.astype(np.float64)), single
 
 
 class MajorityVoteAgent(VotingAgent):
@@ -109,7 +113,7 @@ class MajorityVoteAgent(VotingAgent):
         if not self.policy.discrete:
             raise TypeError(f"model must have discrete actions, got {self.policy.action_space}: see MedianAgent")
 
-    def _vote(self, observations: NDArray[np.float32]) -> NDArray[Any]:
+    def _vote(self, observations: NDArray[Any]) -> NDArray[Any]:
         return self.smoothed.tally(observations, self.votes).top
 
     def certify(
@@ -199,7 +203,7 @@ class MedianAgent(VotingAgent):
         if votes % 2 == 0:
             raise ValueError(f"votes must be odd, so that there is a middle one, got {votes}")
 
-    def _vote(self, observations: NDArray[np.float32]) -> NDArray[Any]:
+    def _vote(self, observations: NDArray[Any]) -> NDArray[Any]:
         outputs = self.smoothed.outputs(observations, self.votes)
         return self.policy.received(torch.median(outputs, dim=1).values)
 
@@ -214,10 +218,11 @@ class MedianAgent(VotingAgent):
         """
         found, _ = self._batch(observation)
         budget = float(check_budget("budget", budget))
+        attacked = budget + max(self.smoothed.rounding(found, self.noise.norm))
         space = self.policy.action_space
         assert isinstance(space, spaces.Box)
         size = math.prod(space.shape)
-        ranks = attacked_median_ranks(n, self.votes, self.noise, budget, check_alpha(alpha) / size)
+        ranks = attacked_median_ranks(n, self.votes, self.noise, attacked, check_alpha(alpha) / size)
         ordered = self.smoothed.outputs(found, n).double().sort(dim=1).values.cpu().numpy()
         bounds = (
             np.broadcast_to(bound.reshape(-1).astype(np.float64), (len(found), size)) for bound in (space.low, space.high)

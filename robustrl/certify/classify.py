@@ -7,9 +7,7 @@ import warnings
 from typing import Any, cast
 
 import numpy as np
-import torch
 from scipy.stats import binom
-from torch import Tensor
 
 from robustrl.certify.methods import METHODS, Evidence, answer_of, exclusions, method_for
 from robustrl.certify.radius import ABSTAIN, RadiusCertificate, Scope
@@ -39,10 +37,9 @@ def predict(smoothed: Smoothed, x: Any, n: int = 1000, alpha: float = 0.001) -> 
     counts = smoothed.tally(x, n).counts
     if 2 * 0.5**n > alpha:
         warnings.warn(f"n = {n} samples can never decide at alpha = {alpha}: every input abstains", stacklevel=3)
-    pair = np.sort(counts, axis=1)[:, -2:]
-    second, first = pair[:, 0], pair[:, -1]
-    p_value = np.minimum(1.0, 2 * binom.sf(first - 1, first + second, 0.5)) if counts.shape[1] > 1 else np.zeros(len(counts))
-    decided = (p_value <= alpha) & ((first > second) | (counts.shape[1] == 1))
+    second, first = np.sort(counts, axis=1)[:, -2:].T
+    p_value = np.minimum(1.0, 2 * binom.sf(first - 1, first + second, 0.5))
+    decided = (p_value <= alpha) & (first > second)
     return np.where(decided, counts.argmax(axis=1), ABSTAIN).astype(np.int64)
 
 
@@ -89,16 +86,17 @@ def certify(
     check_count("n", n)
     inputs = smoothed.inputs(x)
     if method == "splitting":
+        check_choice("norm", 1 if norm is None else norm, (1,))
         return _exactly(smoothed, inputs, scope)
     level = check_alpha(alpha) if alpha_total is None else check_alpha(alpha_total, "alpha_total") / len(inputs)
-    shares = {"one-sided": level, "dipole": level / 2, "two-sided": level / 2}
-    if shares.get(method, level / 2) ** (1 / (n // 2 if method == "dipole" else n)) <= 0.5 and method != "values":
+    share, trials = level if method == "one-sided" else level / 2, n // 2 if method == "dipole" else n
+    if method != "values" and share ** (1 / max(trials, 1)) <= 0.5:
         warnings.warn(f"n = {n} samples can never certify at alpha = {level}: every input abstains", stacklevel=3)
     own = smoothed.noise.norm
     dimension = {} if norm in (None, own) else {"dimension": math.prod(inputs.shape[1:])}
     if norm not in (None, own):
         smoothed.noise.radius_in(norm, 0.9, dimension=dimension["dimension"])  # refused before anything is sampled
-    rounding = _rounding(x, inputs, own if norm is None else norm)
+    rounding = _rounding(smoothed, x, own if norm is None else norm)
     selection = smoothed.tally(inputs, n0, values=method == "values")
     votes = selection.counts if selection.values is None else selection.values
     classes = votes.argmax(axis=1)
@@ -160,7 +158,7 @@ def decide(
         scope: "input", or "step" for a policy.
         alpha_total: failure probability of all answers together, in place of `alpha`.
     Returns:
-        RadiusCertificate per input, of exactly `radius` where the answer is yes; where it abstains, `evidence["answer"]` is "no" or
+        RadiusCertificate per input, of `radius` (less what single precision moved the input) where the answer is yes; where it abstains, `evidence["answer"]` is "no" or
         "undecided". `evidence["n"]` is how many copies it took.
     """
     method_for("sequential", scope)
@@ -168,7 +166,7 @@ def decide(
     inputs, level = smoothed.inputs(x), threshold(smoothed.noise, radius)
     share = check_alpha(alpha) if alpha_total is None else check_alpha(alpha_total, "alpha_total") / len(inputs)
     check_count("max_n", max_n)
-    rounding = _rounding(x, inputs, smoothed.noise.norm)
+    rounding = _rounding(smoothed, x, smoothed.noise.norm)
     selection = smoothed.tally(inputs, check_count("n0", n0))
     classes, n_inputs = selection.top, len(inputs)
     hits, drawn = np.zeros(n_inputs, np.int64), np.zeros(n_inputs, np.int64)
@@ -270,14 +268,9 @@ def certified(
     return bare.with_exclusions(exclusions(bare))
 
 
-def _rounding(x: Any, inputs: Tensor, norm: float) -> list[Evidence]:
-    """How far single precision moved each input, in the certificate's norm, where it did."""
-    given = torch.as_tensor(x).to(inputs.device)
-    if norm == 0 or given.dtype in (torch.float32, torch.float16, torch.bfloat16):  # rounding alters no entry of its own
-        return [{} for _ in inputs]
-    moved = (given.double() - inputs.double()).flatten(1)
-    lengths = torch.linalg.vector_norm(moved, ord=norm, dim=1).tolist()
-    return [{"rounding": length * (1 + 1e-12)} if length else {} for length in lengths]
+def _rounding(smoothed: Smoothed, x: Any, norm: float) -> list[Evidence]:
+    """What single precision takes off the radius of each input, where it takes any."""
+    return [{"rounding": length} if length else {} for length in smoothed.rounding(x, norm)]
 
 
 def _selected(selection: Tally, i: int, c: int) -> Evidence:

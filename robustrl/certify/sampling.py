@@ -130,7 +130,6 @@ class Smoothed:
         module = self.function if isinstance(self.function, nn.Module) else None
         found = None if module is None else next((p.device for p in module.parameters()), None)
         self.device = torch.device(device or found or "cpu")
-        self._copy: tuple[list[tuple[int, int]], PolicyView] | None = None
         self._next_stream = integer_seed(np.random.SeedSequence(seed))
 
     def tally(
@@ -224,6 +223,18 @@ class Smoothed:
             )
         return inputs
 
+    def rounding(self, x: Any, norm: float) -> list[float]:
+        """How far single precision moves each input, in a norm, rounded up; 0 where it does not.
+
+        Samples around the rounded input say nothing about a ball around the given one, but about a smaller ball inside.
+        """
+        given, inputs = torch.as_tensor(x), self.inputs(x)
+        if norm == 0 or given.dtype in (torch.float32, torch.float16, torch.bfloat16):  # rounding alters no entry of its own
+            return [0.0] * len(inputs)
+        moved = (given.to(inputs.device).double() - inputs.double()).flatten(1)
+        lengths: list[float] = (torch.linalg.vector_norm(moved, ord=norm, dim=1) * (1 + 1e-12)).tolist()
+        return lengths
+
     def _passes(self, x: Tensor, n: int, *, pairs: bool = False, keep_noise: bool = False) -> Iterator[_Copies]:
         """Noisy copies of all inputs, one pass of the base function after the other, in one buffer.
 
@@ -272,7 +283,7 @@ class Smoothed:
         """The base function, to be called on rows; its module in evaluation mode meanwhile."""
         function, modes = self.function, []
         if isinstance(function, PolicyView):
-            view = self._for_inference(function)
+            view = function.for_inference()
             function = view.scores if view.discrete else view.mean_action
         elif isinstance(function, nn.Module):
             modes = [(part, part.training) for part in function.modules()]
@@ -283,13 +294,6 @@ class Smoothed:
         finally:
             for part, mode in modes:
                 part.training = mode
-
-    def _for_inference(self, view: PolicyView) -> PolicyView:
-        """The view's frozen copy, made again when its weights have changed: copying takes as long as ten thousand samples."""
-        versions = [(t.data_ptr(), t._version) for t in (*view.actor.parameters(), *view.actor.buffers())]
-        if self._copy is None or self._copy[0] != versions:
-            self._copy = versions, view.for_inference()
-        return self._copy[1]
 
     def _scores(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         casting: AbstractContextManager[Any] = nullcontext()

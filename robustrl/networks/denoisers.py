@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -32,7 +33,7 @@ UNFIT = (
 """What a damaged or contradictory file can end in."""
 
 
-class Denoiser(nn.Module):
+class Denoiser(nn.Module, ABC):
     """newest frames + sigma * residual(standardised observation, log sigma), with a residual that starts as zero.
 
     Args:
@@ -95,9 +96,9 @@ class Denoiser(nn.Module):
         newest = self.newest(observation)
         return newest + self.sigma * self.residual(scaled, self.sigma.log()).reshape(newest.shape)
 
+    @abstractmethod
     def residual(self, scaled: Tensor, log_sigma: Tensor) -> Tensor:
         """Minus the predicted noise in units of sigma."""
-        raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
         """What the constructor needs beside the state, plain data."""

@@ -182,7 +182,7 @@ def _play(job: Job, chunk: int, n: int) -> Generator[None, None, Episodes]:
                 draws = policy.draw(n, policy_generator)[torch.from_numpy(slots).to(device)]
             actions, memory = policy.decide(stack, memory, batch=batch, deterministic=job.deterministic, draws=draws)
             yield
-            step = engine.step(_inside(policy.received(actions), recipe))
+            step = engine.step(inside(policy.received(actions), recipe))
             returns[slots] += step.rewards
             lengths[slots] += 1
             frames = _received(step.frames, recipe, device)
@@ -291,7 +291,7 @@ def _received(observations: NDArray[Any], recipe: EnvRecipe, device: torch.devic
     return torch.from_numpy(frames).to(device)
 
 
-def _inside(actions: NDArray[Any], recipe: EnvRecipe) -> NDArray[Any]:
+def inside(actions: NDArray[Any], recipe: EnvRecipe) -> NDArray[Any]:
     """Actions inside the environment's own space, whose bounds the policy may know to a few digits only."""
     space = recipe.action_space
     return np.clip(actions, space.low, space.high) if isinstance(space, spaces.Box) else actions

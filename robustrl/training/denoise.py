@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from robustrl.envs.recipe import EnvRecipe
@@ -25,6 +24,7 @@ from robustrl.networks import Denoiser, denoiser_for
 from robustrl.noise import Gaussian, Noise
 from robustrl.policy import Padding, PolicyView, fold_frames, push_frame, stacked_shape, start_stack
 from robustrl.policy.loading import ALGORITHMS
+from robustrl.rollouts.chunk import inside
 from robustrl.rollouts.collect import make_job
 from robustrl.rollouts.engines import make_engine
 from robustrl.rollouts.executor import build, one_thread
@@ -122,7 +122,7 @@ def _play(
             clean, seen = pushed(clean, frames, n_frames), pushed(seen, noisy, policy.n_frames)
             found.append((clean.cpu(), torch.full((len(clean),), max(0, n_frames - 1 - step))))
             actions, memory = policy.decide(seen, memory, batch=SLOTS)
-            observations, _, finished = engine.step(_inside(policy.received(actions), recipe))
+            observations, _, finished = engine.step(inside(policy.received(actions), recipe))
             if finished.all():
                 break
             if finished.any():
@@ -133,11 +133,6 @@ def _play(
     finally:
         engine.close()
     return found
-
-
-def _inside(actions: NDArray[Any], recipe: EnvRecipe) -> NDArray[Any]:
-    space: Any = recipe.action_space
-    return actions if actions.ndim == 1 and actions.dtype.kind == "i" else np.clip(actions, space.low, space.high)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -11,18 +13,18 @@ from robustrl.policy import PolicyView
 from robustrl.policy.actions import ContinuousRule
 
 
-class Objective:
+class Objective(ABC):
     """What a denoiser is trained for; no objective needs labels or rewards."""
 
     policies: tuple[PolicyView, ...] = ()
     """Networks that the loss differentiates through; they stay frozen."""
 
-    def prepare(self, observations: Tensor, seed: int) -> None:
+    def prepare(self, observations: Tensor, seed: int) -> None:  # noqa: B027  (most objectives need none)
         """Called when there are new data: observations (n, *shape), clean and noisy."""
 
+    @abstractmethod
     def __call__(self, clean: Tensor, denoised: Tensor, generator: torch.Generator) -> Tensor:
         """The loss, a scalar, of denoised observations (n, *shape) and the clean ones they came from."""
-        raise NotImplementedError
 
 
 class MSE(Objective):

@@ -100,6 +100,27 @@ def test_no_attack_within_the_radius_changes_the_vote() -> None:
         assert share.min() > 0.5 - 4 * 0.5 / 4000**0.5  # the certified majority is that of infinitely many votes
 
 
+def test_what_single_precision_moves_an_observation_is_taken_off_its_radius() -> None:
+    """Double-precision observations are certified where they are, not where single precision puts them."""
+    x = np.array([[0.7 + 2.0**-27]])
+    moved = float(np.abs(x - x.astype(np.float32)).sum())
+    assert moved > 0
+    double, single = (
+        MajorityVoteAgent(values(), rrl.Gaussian(1.0), seed=0).certify(x.astype(t))[0] for t in (float, np.float32)
+    )
+    assert double.radius == pytest.approx(single.radius - moved, rel=1e-12)
+    low, high = (
+        MajorityVoteAgent(values(), rrl.Gaussian(1.0), seed=0).certify_values(x.astype(t), -1.0, 1.0)[0]
+        for t in (float, np.float32)
+    )
+    assert low.radius < high.radius
+    wide, narrow = (
+        MedianAgent(line(), rrl.Gaussian(1e-3), seed=0).interval(x.astype(t), 0.0, n=50_000) for t in (float, np.float32)
+    )
+    assert wide.low.item() <= narrow.low.item()
+    assert wide.budget == narrow.budget == 0
+
+
 # ------------------------------------------------------------------------------------------------ medians
 
 

@@ -359,6 +359,8 @@ def test_exact_votes_are_the_same_three_lines() -> None:
         assert sum(certificate.evidence["counts"]) == 5
         assert certificate.radius * 4 == round(certificate.radius * 4)
         assert "certain" in certificate.table()
+    with pytest.raises(ValueError, match="norm must be one of 1, got 2"):
+        smoothed.certify(x, method="splitting", norm=2)
     with pytest.raises(ValueError, match="noise must be a DeterministicSplitting"):
         rrl.Smoothed(half_space(np.ones(3), 1.0), UNIT).certify(x, method="splitting")
 
