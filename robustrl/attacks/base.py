@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from robustrl.attacks.geometry import per_row
 from robustrl.noise import Noise
 from robustrl.policy import Padding, PolicyView
 from robustrl.threat import ThreatModel
@@ -28,12 +29,12 @@ class AttackContext:
         seen_stack: past frames as the agent saw them, attacked and noisy; the newest is still clean.
         allowance: largest norm of this step's perturbation, float64 (n,).
         attackable: 1 for entries of a frame that may be changed, else 0; shape (*frame).
-        first_step: whether the episode starts here; then a frame stack with "reset" padding repeats the newest frame.
         padding: how an episode's first stack is filled.
         generator: the attacker's own random stream.
         norm: the norm of the threat model.
-        step: how many steps the episode has had.
-        steps_left: most steps the episode can still have, this one included.
+        step: how many steps the episodes have had, int64 (n,). At their first one a frame stack with "reset" padding repeats the
+            newest frame.
+        steps_left: most steps they can still have, this one included, int64 (n,).
         remaining: episode budget left, float64 (n,), inf without one; None for as much as the allowance.
         memory: what a recurrent policy remembers (n, *memory_shape), or None.
         pixels: the range that attacked pictures stay in, or None for observations that are no pictures.
@@ -45,22 +46,27 @@ class AttackContext:
     seen_stack: Tensor
     allowance: Tensor
     attackable: Tensor
-    first_step: bool
+    step: Tensor
+    steps_left: Tensor
     padding: Padding
     generator: torch.Generator
     norm: float = 2
-    step: int = 0
-    steps_left: int = 1
     remaining: Tensor | None = None
     memory: Tensor | None = None
     pixels: tuple[float, float] | None = None
 
     def observation(self, frames: Tensor) -> Tensor:
         """What the network would see if the newest frame were `frames` (n, *frame); float32, differentiable in them."""
-        if self.first_step and self.padding == "reset":
-            stack = frames.unsqueeze(1).expand(self.seen_stack.shape)
-            return self.policy.fold(stack).float()
-        return self.policy.fold(self.seen_stack, frames).float()
+        if self.padding == "zero" or self.policy.n_frames == 1:
+            return self.policy.fold(self.seen_stack, frames).float()
+        first, newest = per_row(self.first_step, self.seen_stack).bool(), frames.unsqueeze(1)
+        past = torch.where(first, newest, self.seen_stack[:, :-1])
+        return self.policy.fold(torch.cat((past, newest), dim=1)).float()
+
+    @property
+    def first_step(self) -> Tensor:
+        """Which episodes start here, bool (n,)."""
+        return self.step == 0
 
     def scores(self, frames: Tensor) -> Tensor:
         """The policy's scores (n, n_scores) if the newest frames were `frames`; differentiable in them."""
@@ -69,7 +75,7 @@ class AttackContext:
     def select(self, rows: Tensor) -> AttackContext:
         """The context of some of the episodes."""
         values = {**self.__dict__}
-        for name in ("clean_stack", "seen_stack", "memory", "allowance", "remaining"):
+        for name in ("clean_stack", "seen_stack", "memory", "allowance", "remaining", "step", "steps_left"):
             values[name] = None if values[name] is None else values[name][rows]
         return AttackContext(**values)
 
@@ -90,6 +96,9 @@ def _plain(value: object) -> Any:
 
 class Attack(Described, ABC):
     """An observation attacker: true frames in, delivered frames out."""
+
+    needs_policy: ClassVar[bool] = True
+    """Whether it looks at the policy that it attacks."""
 
     @abstractmethod
     def perturb(self, frames: Tensor, context: AttackContext) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
@@ -58,7 +57,7 @@ class Spread(Allocation):
         check_count("n_steps", self.n_steps)
 
     def radius(self, context: AttackContext) -> Tensor:
-        return _share(context, min(context.steps_left, max(1, self.n_steps - context.step)))
+        return _share(context, torch.minimum(context.steps_left, (self.n_steps - context.step).clamp_min(1)))
 
 
 @dataclass(frozen=True)
@@ -98,11 +97,11 @@ def check_allocation(name: str, value: object) -> Allocation:
     return value
 
 
-def _share(context: AttackContext, steps: int) -> Tensor:
+def _share(context: AttackContext, steps: Tensor) -> Tensor:
     left = context.allowance if context.remaining is None else context.remaining
     match context.norm:
         case 2:
-            share = left / math.sqrt(steps)
+            share = left / steps.double().sqrt()
         case 1:
             share = left / steps
         case _:

@@ -20,7 +20,8 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from robustrl.attacks.base import Attack, AttackContext
+from robustrl.attacks.attacker import Attacker
+from robustrl.attacks.base import Attack
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.policy import INFERENCE_BATCH, PolicyView, push_frame, start_stack
 from robustrl.rollouts.engines import make_engine
@@ -28,7 +29,7 @@ from robustrl.rollouts.executor import one_thread
 from robustrl.rollouts.identity import identity
 from robustrl.rollouts.streams import NoiseStreams
 from robustrl.seeding import chunk_seeds, torch_generator
-from robustrl.threat import Ledger, ThreatModel
+from robustrl.threat import ThreatModel
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _play(job: Job, chunk: int, n: int) -> Generator[None, None, Episodes]:
     engine = make_engine(recipe, job.engine)
     noise = None if recipe.noise is None else NoiseStreams(recipe.noise, seeds.noise, n, _noise_block(job, n), device)
     policy_generator = torch_generator(seeds.policy, device)
-    attacker = None if job.attack is None else _Attacker(job, seeds.attacker, n, device)
+    attacker = _attacker(job, seeds.attacker, n)
     batch = _inference_batch(job)
 
     returns, lengths = np.zeros(n), np.zeros(n, dtype=np.int64)
@@ -174,7 +175,7 @@ def _play(job: Job, chunk: int, n: int) -> Generator[None, None, Episodes]:
         memory = policy.memory(n)
         for _ in range(recipe.horizon):
             if attacker is not None:
-                frames = attacker.deliver(frames, stack, memory, slots)
+                frames = attacker.deliver(frames, slots, seen=stack, memory=memory)
             seen = frames if noise is None else noise(frames, slots)
             stack = _observe(stack, seen.float(), recipe)
             draws = None
@@ -195,8 +196,6 @@ def _play(job: Job, chunk: int, n: int) -> Generator[None, None, Episodes]:
                 kept = torch.from_numpy(running).to(device)
                 frames, stack = frames[kept], stack[kept]
                 memory = None if memory is None else memory[kept]
-                if attacker is not None:
-                    attacker.keep(kept)
         else:
             raise ValueError(f"{recipe.label}: {slots.size} episodes still run after the horizon of {recipe.horizon} steps")
     finally:
@@ -206,55 +205,24 @@ def _play(job: Job, chunk: int, n: int) -> Generator[None, None, Episodes]:
     return Episodes(returns, lengths, environment_seeds, np.zeros(n) if attacker is None else attacker.ledger.spent)
 
 
-class _Attacker:
-    """An attack on the slots of one chunk, held to its budget."""
-
-    def __init__(self, job: Job, seed: np.random.SeedSequence, n: int, device: torch.device) -> None:
-        assert job.attack is not None
-        assert job.threat is not None
-        self.attack, self.recipe = job.attack, job.recipe
-        # A frozen copy is differentiated: the user's model keeps its gradients and its training mode.
-        self.victim = copy.deepcopy(job.policy).eval().requires_grad_(False)
-        self.ledger = Ledger(job.threat, n)
-        self.generator = torch_generator(seed, device)
-        self.attackable = torch.from_numpy(job.threat.attackable(job.policy.frame_shape).astype(np.float32)).to(device)
-        self.norm, self.pixels, self.steps = job.threat.norm, pixel_range(job.recipe), 0
-        self.clean_stack: torch.Tensor | None = None
-
-    def deliver(
-        self, frames: torch.Tensor, stack: torch.Tensor | None, memory: torch.Tensor | None, slots: NDArray[np.int64]
-    ) -> torch.Tensor:
-        recipe = self.recipe
-        self.clean_stack = _observe(self.clean_stack, frames, recipe)
-        context = AttackContext(
-            policy=self.victim,
-            noise=recipe.noise,
-            clean_stack=self.clean_stack.clone(),
-            seen_stack=start_stack(frames, recipe.frame_stack, recipe.stack_padding)
-            if stack is None
-            else push_frame(stack, frames),
-            allowance=torch.from_numpy(self.ledger.allowance[slots]).to(frames.device),
-            attackable=self.attackable,
-            first_step=stack is None,
-            padding=recipe.stack_padding,
-            generator=self.generator,
-            norm=self.norm,
-            step=self.steps,
-            steps_left=recipe.horizon - self.steps,
-            remaining=torch.from_numpy(self.ledger.remaining[slots]).to(frames.device),
-            memory=None if memory is None else memory.clone(),
-            pixels=self.pixels,
-        )
-        self.steps += 1
-        # Copies: an attack that writes into what it is shown must not change what it is charged for.
-        clean = frames.cpu().numpy().copy()
-        delivered = self.attack.perturb(frames.clone(), context)
-        self.ledger.charge(clean, delivered.cpu().numpy(), slots)
-        return delivered
-
-    def keep(self, running: torch.Tensor) -> None:
-        if self.clean_stack is not None:
-            self.clean_stack = self.clean_stack[running]
+def _attacker(job: Job, seed: np.random.SeedSequence, n: int) -> Attacker | None:
+    if job.attack is None or job.threat is None:
+        return None
+    recipe = job.recipe
+    # A frozen copy is differentiated: the user's model keeps its gradients and its training mode.
+    victim = copy.deepcopy(job.policy).eval().requires_grad_(False)
+    return Attacker(
+        job.attack,
+        job.threat,
+        victim,
+        n,
+        noise=recipe.noise,
+        n_frames=recipe.frame_stack,
+        padding=recipe.stack_padding,
+        horizon=recipe.horizon,
+        pixels=pixel_range(recipe),
+        generator=torch_generator(seed, victim.device),
+    )
 
 
 def pixel_range(recipe: EnvRecipe) -> tuple[float, float] | None:

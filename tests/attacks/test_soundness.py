@@ -90,7 +90,7 @@ class AtStep(Attack):
         self.when, self.step = when, -1
 
     def perturb(self, frames: torch.Tensor, context: AttackContext) -> torch.Tensor:
-        self.step = 0 if context.first_step else self.step + 1
+        self.step = int(context.step[0])
         return frames + context.allowance.to(frames.dtype)[:, None] * (1 - 1e-6) * (self.step == self.when)
 
 
@@ -101,7 +101,7 @@ class Gambler(Attack):
         self.step = -1
 
     def perturb(self, frames: torch.Tensor, context: AttackContext) -> torch.Tensor:
-        self.step = 0 if context.first_step else self.step + 1
+        self.step = int(context.step[0])
         past = context.seen_stack[:, max(LENGTH - 1 - self.step, 0) : -1, 0].sum(1) / math.sqrt(LENGTH)
         chance = torch.special.ndtr((past - TAU) / SIGMA / math.sqrt(1 - self.step / LENGTH))
         share = (chance * 2).clamp(0, 1) if self.step < LENGTH - 1 else torch.ones_like(past)
@@ -220,7 +220,7 @@ class Clairvoyant(Attack):
         self.seed, self.chunk = seed, -1
 
     def perturb(self, frames: torch.Tensor, context: AttackContext) -> torch.Tensor:
-        if not context.first_step:
+        if not context.first_step.all():
             return frames
         self.chunk += 1
         assert context.noise is not None
@@ -232,7 +232,7 @@ class Outward(Attack):
     """Pushes the first frame away from 0, to the side on which it already is; an honest one always finds it at 0."""
 
     def perturb(self, frames: torch.Tensor, context: AttackContext) -> torch.Tensor:
-        if not context.first_step:
+        if not context.first_step.all():
             return frames
         side = torch.where(frames >= 0, 1.0, -1.0)
         return frames + side * context.allowance.to(frames.dtype)[:, None] * (1 - 1e-6)
@@ -260,7 +260,7 @@ class OnAverage(Attack):
 
     def perturb(self, frames: torch.Tensor, context: AttackContext) -> torch.Tensor:
         lucky = torch.rand(len(frames), 1, generator=context.generator) < 0.25
-        return frames + 2 * context.allowance.to(frames.dtype)[:, None] * lucky * context.first_step
+        return frames + 2 * context.allowance.to(frames.dtype)[:, None] * lucky * context.first_step[:, None]
 
 
 def test_a_budget_kept_on_average_only_is_refused() -> None:

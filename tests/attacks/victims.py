@@ -74,6 +74,8 @@ def context(
     padding: Padding = "reset",
     seed: int = 0,
     mask: tuple[bool, ...] | None = None,
+    step: int | None = None,
+    steps_left: int = 1,
     **more: Any,
 ) -> AttackContext:
     """The first step of episodes, or a later one if `seen` holds the past frames (n, k - 1, *frame)."""
@@ -86,7 +88,8 @@ def context(
         seen_stack=stack.clone(),
         allowance=allowance,
         attackable=torch.ones(policy.frame_shape) if mask is None else torch.tensor(mask, dtype=torch.float32),
-        first_step=seen is None,
+        step=torch.full((len(frames),), (0 if seen is None else 1) if step is None else step),
+        steps_left=torch.full((len(frames),), steps_left),
         padding=padding,
         generator=torch.Generator().manual_seed(seed),
         **more,
@@ -122,12 +125,11 @@ def play(
             seen_stack=stack,
             allowance=torch.from_numpy(ledger.allowance),
             attackable=torch.ones(policy.frame_shape),
-            first_step=t == 0,
+            step=torch.full((n,), t),
+            steps_left=torch.full((n,), horizon - t),
             padding="reset",
             generator=torch.Generator().manual_seed(t),
             norm=threat.norm,
-            step=t,
-            steps_left=horizon - t,
             remaining=torch.from_numpy(ledger.remaining),
         )
         charged.append(ledger.charge(now.numpy(), attack.perturb(now, situation).numpy()))

@@ -312,7 +312,7 @@ def test_the_attacker_sees_true_frames_and_past_noise_but_not_this_steps() -> No
     run_chunk(make_job(view, recipe, chunk_size=2, attack=Witness(), threat=ThreatModel(norm=2, episode=1.0)), 0, 2)
     acted = [x.reshape(2, 3, 4) for x in Noted.seen]
     for t, context in enumerate(Witness.shown):
-        assert context.first_step == (t == 0)
+        assert (context.step == t).all()
         assert torch.equal(context.clean_stack[:, -1], torch.full((2, 4), float(t)))  # the true frame
         assert torch.equal(context.seen_stack[:, -1], torch.full((2, 4), float(t)))  # this step's noise is not in it
         assert not torch.equal(acted[t][:, -1], context.seen_stack[:, -1])
