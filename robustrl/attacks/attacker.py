@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -30,10 +31,13 @@ class Attacker:
         padding: how an episode's first stack is filled.
         horizon: most steps of an episode; needed with an episode budget.
         pixels: the range that attacked pictures stay in, or None.
+        quantise: what (true frames, attacked frames) become before they are charged and delivered, e.g. whole grey levels.
         generator: the attacker's own random stream.
 
     Attributes:
         ledger: budgets, one row per slot.
+        norms: of every slot's last perturbation, float64 (n_slots,).
+        allowances: what they might have measured, float64 (n_slots,).
     Raises:
         ValueError: if the attack cannot serve this victim or threat.
     """
@@ -50,6 +54,7 @@ class Attacker:
         padding: Padding = "reset",
         horizon: int | None = None,
         pixels: Pixels = None,
+        quantise: Callable[[Tensor, Tensor], Tensor] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         if not isinstance(attack, Attack):
@@ -63,9 +68,11 @@ class Attacker:
         if policy is not None:
             attack.check(policy, threat, noise)
         self.attack, self.policy, self.noise = attack, policy, noise
-        self.n_frames, self.padding, self.pixels = check_count("n_frames", n_frames), padding, pixels
+        self.n_frames, self.padding = check_count("n_frames", n_frames), padding
+        self.pixels, self.quantise = pixels, quantise
         self.horizon = 1 if horizon is None else check_count("horizon", horizon)
         self.ledger = Ledger(threat, n_slots)
+        self.norms, self.allowances = np.zeros(n_slots), self.ledger.allowance
         self.device = torch.device("cpu") if policy is None else policy.device
         self.generator = torch.Generator(self.device) if generator is None else generator
         self._step = torch.zeros(n_slots, dtype=torch.int64, device=self.device)
@@ -100,12 +107,13 @@ class Attacker:
         clean, delivered = self._stacks
         step = self._step[rows]
         clean[rows] = self._pushed(clean[rows], frames, step)
+        allowance = self.ledger.allowance[chosen]
         context = AttackContext(
             policy=cast(PolicyView, self.policy),
             noise=self.noise,
             clean_stack=clean[rows],
             seen_stack=self._pushed(delivered[rows] if seen is None else seen, frames, step),
-            allowance=torch.from_numpy(self.ledger.allowance[chosen]).to(frames.device),
+            allowance=torch.from_numpy(allowance).to(frames.device),
             attackable=self._attackable(frames),
             step=step,
             steps_left=(self.horizon - step).clamp_min(1),
@@ -119,7 +127,10 @@ class Attacker:
         # Copies: an attack that writes into what it is shown must not change what it is charged for.
         before = frames.cpu().numpy().copy()
         result = self.attack.perturb(frames.clone(), context)
-        self.ledger.charge(before, result.cpu().numpy(), chosen)
+        if self.quantise is not None:
+            result = self.quantise(frames, result)
+        self.norms[chosen] = self.ledger.charge(before, result.cpu().numpy(), chosen)
+        self.allowances[chosen] = allowance
         if seen is None:
             delivered[rows] = self._pushed(delivered[rows], result, step)
         self._step[rows] += 1
@@ -138,3 +149,9 @@ class Attacker:
     def _attackable(self, frames: Tensor) -> Tensor:
         allowed: Any = self.ledger.threat.attackable(tuple(frames.shape[1:]))
         return torch.from_numpy(allowed.astype(np.float32)).to(frames.device)
+
+
+def rounded(frames: Tensor, delivered: Tensor) -> Tensor:
+    """Whole steps from whole frames, each no longer than the one it stands for: no norm can grow."""
+    delta = delivered.double() - frames.double()
+    return (frames.double() + delta.sign() * (delta.abs() + 1e-6).floor()).to(frames.dtype)

@@ -7,8 +7,10 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.vector import VectorEnv
 
+from robustrl.attacks.base import Attack
 from robustrl.envs import single, vector
 from robustrl.noise import Noise
+from robustrl.threat import ThreatModel
 
 
 def add_noise(env: Any, noise: Noise, seed: int | None = None) -> Any:
@@ -22,19 +24,37 @@ def add_noise(env: Any, noise: Noise, seed: int | None = None) -> Any:
         TypeError: for anything else.
         ChainError: if the wrapped chain would break the proof (see `check_chain`).
     """
-    from stable_baselines3.common.vec_env import VecEnv
-
     from robustrl.envs.chain import check_order
     from robustrl.envs.sb3 import NoiseObservation as SB3NoiseObservation
 
-    wrapped: Any
-    if isinstance(env, VecEnv):
-        wrapped = SB3NoiseObservation(env, noise, seed)
-    elif isinstance(env, VectorEnv):
-        wrapped = vector.NoiseObservation(env, noise, seed)
-    elif isinstance(env, gym.Env):
-        wrapped = single.NoiseObservation(env, noise, seed)
-    else:
-        raise TypeError(f"env must be a gymnasium Env or VectorEnv or an SB3 VecEnv, got {type(env).__name__}")
+    kind = _host(env, single.NoiseObservation, vector.NoiseObservation, SB3NoiseObservation)
+    wrapped = kind(env, noise, seed)
     check_order(wrapped)
     return wrapped
+
+
+def add_attack(env: Any, attack: Attack, threat: ThreatModel, **options: Any) -> Any:
+    """Wrap an environment of any kind in its `AttackObservation` (`VecAttack` for SB3).
+
+    Args:
+        env: a `gymnasium.Env`, a `gymnasium.vector.VectorEnv` or an SB3 `VecEnv`, without noise and frame stack.
+        attack: the attacker.
+        threat: its budget.
+        options: of `robustrl.envs.AttackObservation`, e.g. `victim=`.
+    Raises:
+        TypeError: for anything else.
+        ChainError: if noise or a frame stack is inside.
+    """
+    from robustrl.envs.sb3 import VecAttack
+
+    return _host(env, single.AttackObservation, vector.AttackObservation, VecAttack)(env, attack, threat, **options)
+
+
+def _host(env: Any, alone: Any, vectorised: Any, sb3: Any) -> Any:
+    """Which of three wrappers fits."""
+    from stable_baselines3.common.vec_env import VecEnv
+
+    for kind, host in ((VecEnv, sb3), (VectorEnv, vectorised), (gym.Env, alone)):
+        if isinstance(env, kind):
+            return host
+    raise TypeError(f"env must be a gymnasium Env or VectorEnv or an SB3 VecEnv, got {type(env).__name__}")

@@ -10,11 +10,21 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
+from robustrl.attacks.base import Attack
+from robustrl.envs.attack_core import AttackCore
 from robustrl.envs.core import NoiseCore
 from robustrl.envs.joint import as_batch, first_row, float_space, join, joint_box, split
 from robustrl.errors import check_choice, check_count
 from robustrl.noise import Noise
-from robustrl.policy import Normalization, Padding, fold_frames, push_frame, stacked_shape, start_stack
+from robustrl.policy import Normalization, Padding, PolicyView, fold_frames, push_frame, stacked_shape, start_stack
+from robustrl.threat import ThreatModel
+
+
+def _row(observations: Any, slot: int) -> Any:
+    """The batch of one environment."""
+    if isinstance(observations, dict):
+        return {key: part[slot : slot + 1] for key, part in observations.items()}
+    return observations[slot : slot + 1]
 
 
 class NoiseObservation(VecEnvWrapper):
@@ -49,6 +59,68 @@ class NoiseObservation(VecEnvWrapper):
             if "terminal_observation" in infos[i]:
                 infos[i]["terminal_observation"] = self.core.one(infos[i]["terminal_observation"])
         return noisy, rewards, dones, infos
+
+
+class VecAttack(VecEnvWrapper):
+    """The SB3 twin of `robustrl.envs.AttackObservation`; see there.
+
+    Terminal observations, from which learners bootstrap, are attacked with what is left of their episode's budget. Adversarial
+    training is learning behind it:
+
+        venv = VecAttack(venv, GradientAttack(), ThreatModel(norm=inf, step=0.1))
+        model = PPO("MlpPolicy", venv)
+        venv.victim = model
+        model.learn(100_000)
+    """
+
+    chain_role: ClassVar[str] = "attack"
+
+    def __init__(self, venv: VecEnv, attack: Attack, threat: ThreatModel, *, seed: int | None = None, **options: Any) -> None:
+        self.core = AttackCore(venv, venv.observation_space, venv.num_envs, attack, threat, seed=seed, **options)
+        self._next_seed: int | None = None
+        super().__init__(venv, observation_space=self.core.space)
+
+    @property
+    def victim(self) -> PolicyView | None:
+        """Who acts on the observations."""
+        return self.core.victim
+
+    @victim.setter
+    def victim(self, model: Any) -> None:
+        self.core.attach(model, getattr(model, "env", None) or self)
+
+    def seed(self, seed: int | None = None) -> Any:
+        """Seed environments and attacker from the next reset on, as SB3 does."""
+        self._next_seed = seed
+        return self.venv.seed(seed)
+
+    def reset(self) -> Any:
+        frames = self.venv.reset()
+        if self._next_seed is not None:
+            self.core.seed(self._next_seed)
+            self._next_seed = None
+        self.core.reset()
+        delivered = self.core(frames)
+        self.reset_infos = [{**info, **self._info(i, frames)} for i, info in enumerate(self.venv.reset_infos)]
+        return delivered
+
+    def step_wait(self) -> VecEnvStepReturn:
+        frames, rewards, dones, infos = self.venv.step_wait()
+        ended = np.flatnonzero(dones)
+        for slot in ended.tolist():
+            if "terminal_observation" in infos[slot]:
+                last = infos[slot]["terminal_observation"]
+                infos[slot]["terminal_observation"] = self.core.one(last, slot)
+                infos[slot]["terminal_attack"] = self.core.info(slot)["attack"]
+        if ended.size:
+            self.core.reset(ended)
+        delivered = self.core(frames)
+        for i, info in enumerate(infos):
+            info.update(self._info(i, frames))
+        return delivered, rewards, dones, infos
+
+    def _info(self, slot: int, frames: Any) -> dict[str, Any]:
+        return self.core.info(slot, first_row(_row(frames, slot)) if self.core.record_clean else None)
 
 
 class NormalizeObservation(VecEnvWrapper):

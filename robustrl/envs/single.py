@@ -7,8 +7,12 @@ from typing import Any, ClassVar, SupportsFloat
 import gymnasium as gym
 from gymnasium.utils import RecordConstructorArgs
 
+from robustrl.attacks.base import Attack
+from robustrl.envs.attack_core import AttackCore
 from robustrl.envs.core import NoiseCore
 from robustrl.noise import Noise
+from robustrl.policy import PolicyView
+from robustrl.threat import ThreatModel
 
 
 class NoiseObservation(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
@@ -48,6 +52,76 @@ class NoiseObservation(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
         observation, reward, terminated, truncated, info = self.env.step(action)
         return self.core.one(observation), reward, terminated, truncated, info
+
+
+class AttackObservation(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
+    """Attack every observation within a budget, before any noise; the environment itself is never touched.
+
+    `info["attack"]` says at every step what was spent: "norm" of this step's perturbation, "eps_t" (what it might have been),
+    "budget_spent" and "budget_left" of the episode, "attacked". The attacker has a random stream of its own. It does not see noise
+    that is added outside. Put it inside noise and frame stack.
+
+    Args:
+        env: environment with a Box observation space of floats or bytes, or a Dict of float Boxes, whose budget is joint.
+        attack: the attacker, e.g. `robustrl.attacks.GradientAttack()`.
+        threat: its budget, in the observations' units.
+        victim: the policy that acts on the observations, an SB3 model or a `PolicyView`. Attacks that look at no policy need none;
+            for a model that is made later set `.victim = model` before the first reset.
+        noise, frame_stack, stack_padding: what is added outside, if anything: attackers average over the noise.
+        horizon: most steps of an episode; default the environment's time limit.
+        bounds: "expand" (a larger observation space) or "clip" (observations stay inside the old one). Pictures always stay inside.
+        delivery: of bytes: "float" (the space becomes float32) or "round" (whole grey levels).
+        seed: of the attacker until the first `reset(seed=...)`.
+        record_clean: put the true observation into `info["clean_obs"]`.
+    Raises:
+        TypeError, ValueError: for spaces, units or budgets that make no sense.
+        ChainError: if noise or a frame stack is inside.
+
+    Examples:
+        >>> import gymnasium as gym, robustrl as rrl
+        >>> from stable_baselines3 import PPO
+        >>> env = gym.make("CartPole-v1")
+        >>> threat = rrl.ThreatModel(norm=2, step=0.1)
+        >>> env = rrl.envs.AttackObservation(env, rrl.attacks.GradientAttack(), threat, victim=PPO("MlpPolicy", env))
+        >>> observation, info = env.reset(seed=1)
+        >>> info["attack"]["eps_t"]
+        0.1
+    """
+
+    chain_role: ClassVar[str] = "attack"
+
+    def __init__(
+        self, env: gym.Env[Any, Any], attack: Attack, threat: ThreatModel, *, seed: int | None = None, **options: Any
+    ) -> None:
+        RecordConstructorArgs.__init__(self, attack=attack, threat=threat, seed=seed, _disable_deepcopy=True, **options)
+        gym.Wrapper.__init__(self, env)
+        self.core = AttackCore(env, env.observation_space, 1, attack, threat, seed=seed, **options)
+        self.observation_space = self.core.space
+
+    @property
+    def victim(self) -> PolicyView | None:
+        """Who acts on the observations."""
+        return self.core.victim
+
+    @victim.setter
+    def victim(self, model: Any) -> None:
+        self.core.attach(model, self)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        observation, info = self.env.reset(seed=seed, options=options)
+        if seed is not None:
+            self.core.seed(seed)
+        self.core.reset()
+        return self._attacked(observation, info)
+
+    def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        observation, info = self._attacked(observation, info)
+        return observation, reward, terminated, truncated, info
+
+    def _attacked(self, observation: Any, info: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        delivered = self.core.one(observation, 0)
+        return delivered, info | self.core.info(0, observation)
 
 
 class RewardProbe(gym.Wrapper[Any, Any, Any, Any]):

@@ -1,0 +1,241 @@
+"""The batched core that every attack wrapper is a thin shell of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from robustrl.attacks.attacker import Attacker, rounded
+from robustrl.attacks.base import Attack
+from robustrl.envs.chain import check_replay, find_horizon, layers_of
+from robustrl.envs.joint import as_batch, first_row, join, joint_box, split
+from robustrl.errors import ChainError, check_choice
+from robustrl.noise import Noise
+from robustrl.policy import Padding, PolicyView
+from robustrl.seeding import torch_generator
+from robustrl.threat import ThreatModel
+
+Delivery = Literal["float", "round"]
+INFO: dict[str, Any] = {"norm": 0.0, "eps_t": 0.0, "budget_spent": 0.0, "budget_left": 0.0, "attacked": False}
+"""Keys of info["attack"], and what kind of number is behind each."""
+
+
+class AttackCore:
+    """Perturbs batches of observations, one slot per environment, within a budget.
+
+    Args:
+        env: the environment of any kind that is being wrapped, for its horizon and what lies inside.
+        space: observation space of a single environment.
+        n_slots: environments side by side.
+        attack: the attacker.
+        threat: its budget.
+        victim: the policy that acts on the observations, a model or a `PolicyView`; may be set later.
+        noise: what is added to the observations outside, which the attacker averages over.
+        frame_stack, stack_padding: how frames are stacked outside.
+        horizon: most steps of an episode; default the chain's time limit.
+        bounds: "expand" makes a float space large enough for what is delivered, "clip" keeps observations inside it.
+        delivery: how bytes are delivered: "float" (the space becomes float32) or "round" (whole grey levels, towards the true ones).
+        seed: of the attacker.
+        record_clean: put the true observation into the infos too.
+    """
+
+    def __init__(
+        self,
+        env: Any,
+        space: spaces.Space[Any],
+        n_slots: int,
+        attack: Attack,
+        threat: ThreatModel,
+        *,
+        victim: Any = None,
+        noise: Noise | None = None,
+        frame_stack: int = 1,
+        stack_padding: Padding = "reset",
+        horizon: int | None = None,
+        bounds: Literal["expand", "clip"] = "expand",
+        delivery: Delivery = "float",
+        seed: int | None = None,
+        record_clean: bool = False,
+    ) -> None:
+        if not isinstance(attack, Attack):
+            raise TypeError(f"attack must be a robustrl attack such as attacks.SmoothedPGD(), got {attack!r}")
+        if not isinstance(threat, ThreatModel):
+            raise TypeError(f"threat must be a ThreatModel, got {threat!r}")
+        if not isinstance(space, spaces.Box | spaces.Dict):
+            raise TypeError(f"an attack needs a Box observation space or a Dict of them, got {space}: nothing there has a norm")
+        self.inner, self.n_slots, self.attack, self.noise = space, n_slots, attack, noise
+        self.frame_stack, self.stack_padding, self.record_clean = frame_stack, stack_padding, record_clean
+        check_choice("bounds", bounds, ("expand", "clip"))
+        self.delivery = check_choice("delivery", delivery, ("float", "round"))
+        box = joint_box(space)
+        self.bytes = box.dtype == np.uint8
+        kinds = {part.dtype for part in space.values()} if isinstance(space, spaces.Dict) else {box.dtype}
+        if not self.bytes and any(kind is None or kind.kind != "f" for kind in kinds):
+            raise TypeError(f"an attack needs observations of floats, or pictures of bytes (uint8), got {space}")
+        self.horizon, normalized = _horizon(env) if horizon is None else horizon, _check_inside(env)
+        self.threat = _in_units_of(threat, box, normalized=normalized)
+        self.pixels: Any = None
+        if self.bytes:
+            self.pixels = (0.0, 255.0)
+        elif len(box.shape) > 1 and box.is_bounded():
+            self.pixels = (float(box.low.min()), float(box.high.max()))
+        elif bounds == "clip":
+            self.pixels = (torch.from_numpy(box.low), torch.from_numpy(box.high))
+        self.space = self._outer(space)
+        self.attacker: Attacker | None = None
+        self._victim: PolicyView | None = None
+        self._seed = seed
+        if victim is not None:
+            self.attach(victim)
+        elif not attack.needs_policy:
+            self._start()
+
+    @property
+    def victim(self) -> PolicyView | None:
+        """Who acts on the observations."""
+        return self._victim
+
+    def attach(self, victim: Any, env: Any = None) -> None:
+        """Say who acts on the observations: a model that may still learn, or a `PolicyView`.
+
+        Raises:
+            ChainError: if an off-policy learner would store clean observations.
+            ValueError: if policy and observations do not fit, or the attack cannot serve them.
+        """
+        if env is not None and hasattr(victim, "replay_buffer"):
+            check_replay(env)
+        box = joint_box(self.inner)
+        frame_space = self.inner if isinstance(self.inner, spaces.Dict) else box
+        self._victim = PolicyView.of(victim, n_frames=self.frame_stack, frame_space=frame_space)
+        if self._victim.frame_shape != box.shape:
+            raise ValueError(f"victim takes frames of shape {self._victim.frame_shape}, but the attack's are {box.shape}")
+        self._start()
+
+    def _start(self) -> None:
+        self.attacker = Attacker(
+            self.attack,
+            self.threat,
+            self._victim,
+            self.n_slots,
+            noise=self.noise,
+            n_frames=self.frame_stack,
+            padding=self.stack_padding,
+            horizon=self.horizon,
+            pixels=self.pixels,
+            quantise=rounded if self.bytes and self.delivery == "round" else None,
+        )
+        self.seed(self._seed)
+
+    def seed(self, seed: int | None) -> None:
+        """Restart the attacker's random stream."""
+        self._seed = seed
+        if self.attacker is not None:
+            root = np.random.SeedSequence(seed, spawn_key=(2,))
+            self.attacker.generator = torch_generator(root, self.attacker.device)
+
+    def reset(self, slots: NDArray[np.int64] | None = None) -> None:
+        """New episodes begin in these slots (default all), before their first observations are attacked."""
+        self._ready().reset(slots)
+
+    def __call__(self, observations: Any, slots: NDArray[np.int64] | None = None) -> Any:
+        """What is delivered for a batch of true observations of these slots (default all)."""
+        attacker = self._ready()
+        true = join(observations, self.inner)
+        if self._victim is not None:
+            self._victim.eval()  # training elsewhere may have switched the shared layers
+        frames = torch.from_numpy(true.astype(np.float32) if self.bytes else np.array(true)).to(attacker.device)
+        with torch.enable_grad():  # learners collect without
+            delivered = attacker.deliver(frames, slots).detach().cpu().numpy()
+        if self.bytes and self.delivery == "round":
+            delivered = delivered.astype(np.uint8)
+        return split(delivered, self.inner)
+
+    def one(self, observation: Any, slot: int) -> Any:
+        """What is delivered for a single observation."""
+        return first_row(self(as_batch(observation), np.array([slot])))
+
+    def info(self, slot: int, clean: Any = None) -> dict[str, Any]:
+        """What `info` says of a slot's last observation."""
+        found: dict[str, Any] = {"attack": {key: value[slot].item() for key, value in self.infos().items()}}
+        return found | ({"clean_obs": clean} if self.record_clean else {})
+
+    def infos(self) -> dict[str, NDArray[Any]]:
+        """`info["attack"]` of all slots, arrays (n_slots,)."""
+        attacker = self._ready()
+        values = (attacker.norms, attacker.allowances, attacker.ledger.spent, attacker.ledger.remaining, attacker.norms > 0)
+        return dict(zip(INFO, values, strict=True))
+
+    def _ready(self) -> Attacker:
+        if self.attacker is None:
+            raise ValueError(
+                f"victim must be given before the first reset: {type(self.attack).__name__} looks at the policy that it attacks; "
+                "set .victim = model"
+            )
+        return self.attacker
+
+    def _outer(self, space: spaces.Space[Any]) -> spaces.Space[Any]:
+        if isinstance(space, spaces.Dict):
+            return spaces.Dict([(key, self._outer(part)) for key, part in space.items()])
+        assert isinstance(space, spaces.Box)
+        if self.bytes:
+            return spaces.Box(0, 255, space.shape, np.float32) if self.delivery == "float" else space
+        if self.pixels is not None:
+            return space
+        room = min(limit for limit in (self.threat.step, self.threat.episode) if limit is not None)
+        if self.threat.norm == 0:
+            room = math.inf
+        with np.errstate(over="ignore"):
+            low, high = space.low - np.float64(room), space.high + np.float64(room)
+            dtype: Any = space.dtype
+            return spaces.Box(np.nextafter(low.astype(dtype), -np.inf), np.nextafter(high.astype(dtype), np.inf), dtype=dtype)
+
+
+def _horizon(env: Any) -> int | None:
+    try:
+        return find_horizon(layers_of(env))
+    except ChainError:  # environments in other processes
+        return getattr(getattr(env, "spec", None), "max_episode_steps", None)
+
+
+def _check_inside(env: Any) -> bool:
+    """Whether the observations are normalised inside; an error if they are noisy already."""
+    try:
+        layers = layers_of(env)
+    except ChainError:
+        return False
+    if any(layer.role == "noise" for layer in layers):
+        raise ChainError(
+            "attack outside the noise: the attacker would see the noise it is not allowed to see; the right order is environment -> "
+            "attack -> noise -> frame stack"
+        )
+    if any(layer.role == "frame_stack" for layer in layers):
+        raise ChainError(
+            "attack outside the frame stack: every frame would be attacked, and charged, several times; the right order is environment "
+            "-> attack -> noise -> frame stack"
+        )
+    return any(layer.role == "normalize" and layer.changes_observations for layer in layers)
+
+
+def _in_units_of(threat: ThreatModel, box: spaces.Box, *, normalized: bool) -> ThreatModel:
+    """The same threat in the units of the observations, with units="raw"."""
+    if box.dtype == np.uint8:
+        own, others = "uint8", {"unit01": 255.0}
+    elif normalized:
+        own, others = "normalized", {}
+    elif len(box.shape) > 1 and bool(np.all(box.high == 1)):
+        own, others = "unit01", {"uint8": 1 / 255, "raw": 1.0}
+    else:
+        own, others = "raw", {}
+    if threat.units == own or (threat.units == "raw" and own == "uint8"):
+        return replace(threat, units="raw")
+    if threat.units not in others:
+        raise ValueError(f"threat.units must be {own!r} for these observations, got {threat.units!r}")
+    factor = others[threat.units] if threat.norm != 0 else 1.0
+    step, episode = (None if limit is None else limit * factor for limit in (threat.step, threat.episode))
+    return replace(threat, step=step, episode=episode, units="raw")
