@@ -1,5 +1,6 @@
 """Who acts."""
 
+from robustrl.agents.attacked import AttackedAgent
 from robustrl.agents.cloning import BehaviourCloning, FourierFeatures
 from robustrl.agents.denoised import DenoisedAgent
 from robustrl.agents.smoothed import SmoothedAgent
@@ -8,6 +9,7 @@ from robustrl.agents.voting import ActionInterval, MajorityVoteAgent, MedianAgen
 
 __all__ = [
     "ActionInterval",
+    "AttackedAgent",
     "BehaviourCloning",
     "DenoisedAgent",
     "DeterministicSplitAgent",

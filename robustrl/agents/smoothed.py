@@ -100,7 +100,18 @@ class SmoothedAgent:
         Raises:
             ValueError: if the shape of frames or state is wrong, or a frame is not finite.
         """
-        frames, single = self._frames(observation)
+        frames, single = self.frames(observation)
+        actions, after = self.respond(frames, state, episode_start, deterministic)
+        return (actions[0] if single else actions), after
+
+    def respond(
+        self,
+        frames: NDArray[Any],
+        state: tuple[NDArray[Any], ...] | None = None,
+        episode_start: NDArray[Any] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...]]:
+        """`predict` on frames (n, *frame) that are normalised already: actions (n, ...) and the new state."""
         tensor = torch.from_numpy(frames).to(self.policy.device)
         seen = self.noise.perturb(tensor, self._noise_generator).float()
         stack, memory = start_stack(seen, self.frame_stack, self.stack_padding), self.policy.memory(len(frames))
@@ -118,11 +129,10 @@ class SmoothedAgent:
         draws = None if deterministic else self.policy.draw(len(frames), self._action_generator)
         self.policy.eval()  # training elsewhere may have switched the shared layers
         actions, memory = self.policy.decide(stack, memory, batch=len(frames), deterministic=deterministic, draws=draws)
-        result = self.policy.received(actions)
         after = (stack,) if memory is None else (stack, memory)
-        return (result[0] if single else result), tuple(part.cpu().numpy() for part in after)
+        return self.policy.received(actions), tuple(part.cpu().numpy() for part in after)
 
-    def _frames(self, observation: Any) -> tuple[NDArray[Any], bool]:
+    def frames(self, observation: Any) -> tuple[NDArray[Any], bool]:
         """Clean frames (n, *frame), normalised, and whether there was a single one."""
         shape = self.policy.frame_shape
         if isinstance(observation, dict):

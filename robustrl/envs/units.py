@@ -28,19 +28,25 @@ def frame_units(recipe: EnvRecipe) -> Units:
 def in_frame_units(threat: ThreatModel, recipe: EnvRecipe, *, covering: bool = False) -> ThreatModel:
     """The same threat in the recipe's frame units, with units="raw".
 
+    A normalisation whose features have different sizes turns a ball into one with a scale per feature.
+
     Args:
         threat: in any units.
         recipe: where it acts. A threat in normalised units where the normalisation is outside the noise is meant before its clip.
-        covering: allow a larger threat where there is no equal one: budgets in other units than a normalisation's, whose
-            features have different sizes.
+        covering: return the smallest threat without a scale that contains it: what certificates are about.
     Raises:
-        ValueError: if the units mean nothing here, or there is no equal threat and `covering` is False.
+        ValueError: if the units mean nothing here.
     """
+    found = _in_frame_units(threat, recipe)
+    return found.covering() if covering else found
+
+
+def _in_frame_units(threat: ThreatModel, recipe: EnvRecipe) -> ThreatModel:
     units = frame_units(recipe)
     if threat.units == units or (threat.units == "raw" and units == "unit01"):
         return replace(threat, units="raw")
     if threat.units == "uint8" and units == "unit01":
-        return _scaled(threat, 1 / 255)
+        return threat.times(1 / 255, units="raw")
     if recipe.normalization is None or {threat.units, units} != {"raw", "normalized"}:
         raise ValueError(
             f"a threat model in units {threat.units!r} means nothing for {recipe.label}, whose frames are {units!r}"
@@ -50,14 +56,11 @@ def in_frame_units(threat: ThreatModel, recipe: EnvRecipe, *, covering: bool = F
     shape, scale = recipe.frame_space.shape, recipe.normalization.scale
     if scale.shape != shape:
         raise ValueError(f"a frame of shape {shape} has no units {threat.units!r}: the normalisation is of shape {scale.shape}")
-    scale = scale[threat.attackable(shape)]
-    factor = float(1 / scale.min()) if units == "normalized" else float(scale.max())
-    if not covering and scale.min() < scale.max():
-        raise ValueError(
-            f"a ball in units {threat.units!r} is none in the units of {recipe.label}'s frames ({units!r}): give the attack's "
-            f"budget in units {units!r}"
-        )
-    return _scaled(threat, factor)
+    sizes = 1 / scale if units == "normalized" else scale
+    own, attackable = threat.scales(shape), threat.attackable(shape)
+    if own is None and np.ptp(sizes[attackable]) == 0:
+        return threat.times(float(sizes[attackable][0]), units="raw")
+    return replace(threat, scale=tuple((sizes if own is None else sizes * own).ravel().tolist()), units="raw")
 
 
 def covering_budgets(threats: Sequence[ThreatModel], recipe: EnvRecipe) -> tuple[list[float], dict[str, Any]]:
@@ -77,9 +80,3 @@ def covering_budgets(threats: Sequence[ThreatModel], recipe: EnvRecipe) -> tuple
     }
     return [episode_budget(recipe.noise, threat, **sizes) for threat in here], stated
 
-
-def _scaled(threat: ThreatModel, factor: float) -> ThreatModel:
-    if threat.norm == 0:
-        return replace(threat, units="raw")
-    step, episode = (None if limit is None else limit * factor for limit in (threat.step, threat.episode))
-    return replace(threat, step=step, episode=episode, units="raw")

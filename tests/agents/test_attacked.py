@@ -1,0 +1,119 @@
+"""Attacked agents: the attack of the wrappers and of rollouts, on the agent's side."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from stable_baselines3 import PPO, SAC
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import DummyVecEnv
+from toys import LinearRule
+
+import robustrl as rrl
+from robustrl.agents import AttackedAgent, MajorityVoteAgent, MedianAgent, SmoothedAgent
+from robustrl.attacks import ActionDeviation, GradientAttack, Greedy, Margin, MinimalFlip
+from robustrl.envs import AttackObservation
+from robustrl.policy import PolicyView
+from robustrl.threat import ThreatModel
+
+STEP, EPISODE = ThreatModel(norm=math.inf, step=0.1), ThreatModel(norm=2, episode=0.5)
+RULE = PolicyView.from_torch(
+    LinearRule(torch.tensor([0.3, 0.5, 2.0, 1.0], dtype=torch.float64)), kind="q", observation_shape=(4,)
+)
+FRAMES = np.random.default_rng(0).normal(scale=0.05, size=(6, 4)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def ppo() -> PPO:
+    return PPO("MlpPolicy", "CartPole-v1", seed=0, device="cpu")
+
+
+def test_a_model_behind_the_attack_acts_as_in_an_attacked_environment(ppo: PPO) -> None:
+    attack = GradientAttack(Margin(), restarts=2)
+    agent = AttackedAgent(ppo, attack, EPISODE, horizon=500, seed=0)
+    inside = AttackObservation(gym.make("CartPole-v1"), attack, EPISODE, victim=ppo, seed=0, record_clean=True)
+    observation, info = inside.reset(seed=1)
+    inside.core.seed(0)
+    inside.core.reset()
+    observation, info = inside.core.one(info["clean_obs"], 0), {"clean_obs": info["clean_obs"]}
+    start = np.array([True])
+    for _ in range(10):
+        action, _ = agent.predict(info["clean_obs"], episode_start=start, deterministic=True)
+        assert action == ppo.predict(observation, deterministic=True)[0]
+        observation, *_, info = inside.step(action)
+        start = np.array([False])
+        assert agent.attacker.ledger.spent[0] <= 0.5
+
+
+def test_without_a_budget_nothing_changes(ppo: PPO) -> None:
+    none = ThreatModel(norm=2, episode=0.0)
+    for make in (
+        lambda: ppo,
+        lambda: SmoothedAgent(RULE, rrl.Gaussian(0.1), seed=3),
+        lambda: MajorityVoteAgent(RULE, rrl.Gaussian(0.1), seed=3),
+    ):
+        attacked, plain = AttackedAgent(make(), GradientAttack(Margin()), none, horizon=9), make()
+        states: list[Any] = [None, None]
+        for _ in range(4):
+            mine, states[0] = attacked.predict(FRAMES, states[0], deterministic=True)
+            theirs, states[1] = plain.predict(FRAMES, states[1], deterministic=True)
+            assert np.array_equal(mine, theirs)
+
+
+def test_budgets_start_again_with_every_episode(ppo: PPO) -> None:
+    agent = AttackedAgent(ppo, GradientAttack(Margin(), allocation=Greedy()), EPISODE, horizon=500)
+    agent.predict(FRAMES, episode_start=np.ones(6, dtype=bool))
+    spent = agent.attacker.ledger.spent
+    assert (spent > 0).any()
+    agent.predict(FRAMES, episode_start=np.zeros(6, dtype=bool))
+    assert (agent.attacker.ledger.spent >= spent).all()
+    assert (agent.attacker.ledger.spent <= 0.5).all()
+    agent.predict(FRAMES, episode_start=np.arange(6) == 2)
+    assert agent.attacker.ledger.remaining[2] == pytest.approx(math.sqrt(0.25 - agent.attacker.norms[2] ** 2))
+
+
+def test_it_goes_into_evaluate_policy_and_hurts() -> None:
+    env = DummyVecEnv([lambda: gym.make("CartPole-v1", max_episode_steps=200)] * 2)
+    agent = SmoothedAgent(RULE, rrl.Gaussian(0.02), seed=0)
+    attacked = AttackedAgent(
+        SmoothedAgent(RULE, rrl.Gaussian(0.02), seed=0), MinimalFlip(draws=16), ThreatModel(norm=2, step=0.3), seed=0
+    )
+    means = [evaluate_policy(which, env, n_eval_episodes=4, warn=False)[0] for which in (agent, attacked)]
+    assert means[1] < 0.5 * means[0]
+
+
+def test_expectation_over_the_noise_flips_a_majority_and_moves_a_median() -> None:
+    """A half-space at distance .1 of the frame and a linear action: what can be reached is known."""
+    weights = torch.tensor([0.6, 0.8, 0.0, 0.0], dtype=torch.float64)
+    rule = PolicyView.from_torch(LinearRule(weights), kind="logits", observation_shape=(4,))
+    frame = np.array([[0.06, 0.08, 0.0, 0.0]], dtype=np.float32)
+    for budget, expected in ((0.05, 1), (0.15, 0)):
+        vote = MajorityVoteAgent(rule, rrl.Gaussian(0.2), votes=4000, seed=0)
+        agent = AttackedAgent(vote, GradientAttack(Margin(), draws=64), ThreatModel(norm=2, step=budget), seed=0)
+        assert agent.predict(frame)[0][0] == expected
+    model = SAC("MlpPolicy", "Pendulum-v1", seed=0, buffer_size=10, policy_kwargs={"net_arch": [8]})
+    median = MedianAgent(model, rrl.Gaussian(0.05), votes=2001, seed=0)
+    clean = median.predict(FRAMES[:, :3])[0]
+    attack = GradientAttack(ActionDeviation(), draws=32, restarts=2)
+    moved = AttackedAgent(median, attack, ThreatModel(norm=2, step=0.5), seed=0).predict(FRAMES[:, :3])[0]
+    aimless = median.predict(FRAMES[:, :3] + np.float32(0.5 / math.sqrt(3)))[0]
+    assert np.abs(moved - clean).mean() > np.abs(aimless - clean).mean()
+
+
+def test_what_cannot_be_attacked_is_refused_with_a_hint(ppo: PPO) -> None:
+    with pytest.raises(ValueError, match="horizon must be given"):
+        AttackedAgent(ppo, GradientAttack(), EPISODE)
+    stacked = PolicyView.from_torch(
+        LinearRule(torch.ones(8, dtype=torch.float64)), kind="q", observation_shape=(8,), n_frames=2
+    )
+    with pytest.raises(ValueError, match="one frame"):
+        AttackedAgent(MajorityVoteAgent(stacked, rrl.Gaussian(0.1)), GradientAttack(), STEP)
+    with pytest.raises(ValueError, match=r"shape \(4,\)"):
+        AttackedAgent(ppo, GradientAttack(Margin()), STEP).predict(np.zeros(3, np.float32))
+    with pytest.raises(TypeError, match="attack must be"):
+        AttackedAgent(ppo, "pgd", STEP)  # type: ignore[arg-type]
