@@ -220,17 +220,9 @@ def _attacker(job: Job, seed: np.random.SeedSequence, n: int) -> Attacker | None
         n_frames=recipe.frame_stack,
         padding=recipe.stack_padding,
         horizon=recipe.horizon,
-        pixels=pixel_range(recipe),
+        pixels=recipe.pixels,
         generator=torch_generator(seed, victim.device),
     )
-
-
-def pixel_range(recipe: EnvRecipe) -> tuple[float, float] | None:
-    """The range that an attacked picture stays in; None for observations that are no pictures."""
-    space = recipe.frame_space
-    if len(space.shape) < 2 or not space.is_bounded():
-        return None
-    return float(space.low.min()), float(space.high.max())
 
 
 SMALL_BATCH = 16
