@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from robustrl.errors import BudgetExceededError, check_choice, check_count, check_real
+from robustrl.errors import BudgetExceededError, check_choice, check_count, check_finite_array, check_real
 
 Units = Literal["raw", "normalized", "unit01", "uint8"]
 
@@ -34,13 +35,15 @@ class ThreatModel:
             [0, 1], or "uint8" grey levels. Certificates and attacks refuse to mix them.
         mask: attackable entries: one boolean per entry of a (flattened) frame, or one per entry of its last axis; None
             for all.
+        scale: units per coordinate, positive, one per entry as in `mask`: every norm is that of e_t / scale; None for ones.
 
     Raises:
-        ValueError: for an unknown norm, a negative or NaN radius, a threat without any limit, or an empty mask.
+        ValueError: for an unknown norm, a negative or NaN radius, a threat without any limit, an empty mask, or a scale that is
+            not positive and finite.
 
     Examples:
         >>> ThreatModel(norm=2, episode=0.6)
-        ThreatModel(norm=2, step=None, episode=0.6, units='raw', mask=None)
+        ThreatModel(norm=2, step=None, episode=0.6, units='raw', mask=None, scale=None)
     """
 
     norm: float
@@ -48,6 +51,7 @@ class ThreatModel:
     episode: float | None = None
     units: Units = "raw"
     mask: tuple[bool, ...] | None = None
+    scale: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm", check_choice("norm", self.norm, (0, 1, 2, math.inf)))
@@ -71,6 +75,37 @@ class ThreatModel:
                     "flatten the mask of a whole frame"
                 )
             object.__setattr__(self, "mask", tuple(mask.tolist()))
+        if self.scale is not None:
+            scale = check_finite_array("scale", self.scale, ndim=1)
+            if not np.all(scale > 0):
+                raise ValueError(f"scale must be > 0 everywhere, got {scale.min()}")
+            object.__setattr__(self, "scale", tuple(scale.tolist()))
+
+    @classmethod
+    def from_unit01(cls, epsilon: float, *, norm: float = math.inf, mask: tuple[bool, ...] | None = None) -> ThreatModel:
+        """A radius per step that is stated for pixels in [0, 1], in grey levels (units="uint8").
+
+        Norm inf: what is within 0.01 of a whole grey level is meant to be one; a warning says so where that changes the number,
+        as for 0.00392, which stands for 1/255.
+        """
+        level = 255 * check_real("epsilon", epsilon, allowed="a number >= 0")
+        if norm == math.inf and 0 < abs(level - round(level)) <= 1e-2:
+            if abs(level - round(level)) > 1e-9 * level:
+                warnings.warn(f"epsilon = {epsilon} is read as {round(level)}/255, a whole grey level", stacklevel=2)
+            level = float(round(level))
+        return cls(norm, step=level, units="uint8", mask=mask)
+
+    def in_whole_levels(self) -> ThreatModel:
+        """This threat for observations of integers, whose entries can only move by whole steps.
+
+        Norm inf: the radius is rounded down, with a warning where that changes it. Other norms stay as they are.
+        """
+        if self.norm != math.inf or self.step is None or self.step == math.inf or self.scale is not None:
+            return self
+        whole = float(math.floor(self.step * (1 + RELATIVE_SLACK)))
+        if whole < self.step * (1 - RELATIVE_SLACK):
+            warnings.warn(f"step = {self.step:g} of norm inf means {whole:g} for observations of integers", stacklevel=2)
+        return replace(self, step=whole)
 
     def attackable(self, frame_shape: tuple[int, ...]) -> NDArray[np.bool_]:
         """Which entries of a frame the attacker may change; boolean, shape `frame_shape`.
@@ -78,14 +113,39 @@ class ThreatModel:
         Raises:
             ValueError: if the mask does not fit frames of that shape.
         """
-        if self.mask is None:
-            return np.ones(frame_shape, dtype=bool)
-        mask = np.array(self.mask)
-        if mask.size == math.prod(frame_shape):
-            return mask.reshape(frame_shape)
-        if not frame_shape or mask.size != frame_shape[-1]:
-            raise ValueError(f"mask of {mask.size} entries does not fit frames of shape {frame_shape}")
-        return np.broadcast_to(mask, frame_shape)
+        return np.ones(frame_shape, dtype=bool) if self.mask is None else _fitted("mask", np.array(self.mask), frame_shape)
+
+    def scales(self, frame_shape: tuple[int, ...]) -> NDArray[np.float64] | None:
+        """What the entries of a frame are divided by before they are measured, shape `frame_shape`; None for nothing.
+
+        Raises:
+            ValueError: if the scale does not fit frames of that shape.
+        """
+        return None if self.scale is None else _fitted("scale", np.array(self.scale), frame_shape)
+
+    def covering(self) -> ThreatModel:
+        """The smallest threat model without a scale that allows all that this one does: certificates are about those.
+
+        Raises:
+            ValueError: if mask and scale do not fit together.
+        """
+        if self.scale is None:
+            return self
+        scale = np.array(self.scale)
+        if self.mask is not None:
+            whole = max(len(self.mask), scale.size)
+            if whole % len(self.mask) or whole % scale.size:
+                raise ValueError(f"mask of {len(self.mask)} entries does not fit a scale of {scale.size}")
+            scale = np.resize(scale, whole)[np.resize(self.mask, whole)]
+        return self.times(float(scale.max()), scale=None)
+
+    def times(self, factor: float, **changes: Any) -> ThreatModel:
+        """The same with radii `factor` times as large (norm 0 counts entries and has none), and other changed fields."""
+        if self.norm != 0:
+            changes |= {
+                name: limit * factor for name, limit in (("step", self.step), ("episode", self.episode)) if limit is not None
+            }
+        return replace(self, **changes)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ThreatModel:
@@ -96,15 +156,17 @@ class ThreatModel:
         """
         fields = dict(data)
         try:
-            norm, mask = fields.pop("norm"), fields.pop("mask")
-            return cls(math.inf if norm == "inf" else norm, mask=None if mask is None else tuple(mask), **fields)
+            norm = fields.pop("norm")
+            fields |= {"mask": None if fields["mask"] is None else tuple(fields["mask"])}
+            return cls(math.inf if norm == "inf" else norm, **fields)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a threat model: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for a certificate or report."""
+        """Plain data for a certificate or report; without a scale, what it was before there were any."""
         norm = "inf" if self.norm == math.inf else self.norm
-        return {"norm": norm, "step": self.step, "episode": self.episode, "units": self.units, "mask": self.mask}
+        found = {"norm": norm, "step": self.step, "episode": self.episode, "units": self.units, "mask": self.mask}
+        return found if self.scale is None else found | {"scale": self.scale}
 
 
 class Ledger:
@@ -169,7 +231,9 @@ class Ledger:
             raise ValueError("delivered frames must be finite: an attack returned NaN or inf")
         if self.threat.mask is not None and np.any(delta[:, ~self.threat.attackable(delta.shape[1:])] != 0):
             raise ValueError("delivered frames differ in entries that the threat model's mask protects")
-        norms = _row_norms(delta.reshape(len(rows), math.prod(delta.shape[1:])), self.threat.norm)
+        scale = self.threat.scales(delta.shape[1:])
+        measured = delta if scale is None else delta / scale
+        norms = _row_norms(measured.reshape(len(rows), math.prod(delta.shape[1:])), self.threat.norm)
         allowed = self.allowance[rows]
         within = norms <= allowed * (1 + RELATIVE_SLACK) + EXHAUSTED_SLACK * self._limit  # False for NaN as well
         if not within.all():
@@ -192,6 +256,15 @@ class Ledger:
     def reset(self, slots: NDArray[np.int64] | None = None) -> None:
         """Start new episodes in the given rows (default all)."""
         self._spent[slice(None) if slots is None else slots] = 0.0
+
+
+def _fitted(name: str, values: NDArray[Any], frame_shape: tuple[int, ...]) -> NDArray[Any]:
+    """One value per entry of a frame, from as many or from one per entry of its last axis."""
+    if values.size == math.prod(frame_shape):
+        return values.reshape(frame_shape)
+    if not frame_shape or values.size != frame_shape[-1]:
+        raise ValueError(f"{name} of {values.size} entries does not fit frames of shape {frame_shape}")
+    return np.broadcast_to(values, frame_shape)
 
 
 def _row_norms(delta: NDArray[np.float64], norm: float) -> NDArray[np.float64]:

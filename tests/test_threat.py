@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -214,7 +215,77 @@ def test_a_threat_model_is_plain_data_and_compares_by_value() -> None:
         "mask": [True, False],
     }
     assert ThreatModel(norm=math.inf, step=0.1).to_dict()["norm"] == "inf"
-    assert repr(ThreatModel(norm=2, episode=0.6)) == "ThreatModel(norm=2, step=None, episode=0.6, units='raw', mask=None)"
+    assert (
+        repr(ThreatModel(norm=2, episode=0.6))
+        == "ThreatModel(norm=2, step=None, episode=0.6, units='raw', mask=None, scale=None)"
+    )
+
+
+def test_old_files_have_no_scale_and_new_ones_only_where_there_is_one() -> None:
+    old = {"norm": "inf", "step": 0.1, "episode": None, "units": "raw", "mask": None}
+    assert ThreatModel.from_dict(old) == ThreatModel(math.inf, step=0.1)
+    assert ThreatModel.from_dict(old).to_dict() == old
+    scaled = ThreatModel(1, step=0.1, scale=[1, 2.5], mask=(True, False))  # type: ignore[arg-type]
+    assert scaled.to_dict()["scale"] == (1.0, 2.5)
+    assert ThreatModel.from_dict(json.loads(json.dumps(scaled.to_dict()))) == scaled
+    for broken in ({"norm": 2}, old | {"sise": 1}, {**old, "scale": 3.0}):
+        with pytest.raises(ValueError, match=r"not a threat model|scale"):
+            ThreatModel.from_dict(broken)
+
+
+@pytest.mark.parametrize("norm", [0, 1, 2, math.inf])
+def test_the_ledger_charges_norms_in_units_per_coordinate(norm: float) -> None:
+    scale, delta = np.array([0.5, 2.0, 4.0]), np.array([[1.0, -1.0, 0.0], [0.1, 0.0, 3.0]])
+    expected = [np.count_nonzero(row) if norm == 0 else np.linalg.norm(row / scale, norm) for row in delta]
+    ledger = Ledger(ThreatModel(norm, step=9, scale=tuple(scale)), 2)
+    assert_allclose(ledger.charge(np.zeros((2, 3)), delta), expected, rtol=1e-15)
+    pictures = Ledger(ThreatModel(norm, step=9, scale=tuple(scale)), 2)
+    assert_allclose(pictures.charge(np.zeros((2, 1, 3)), delta[:, None]), expected, rtol=1e-15)
+    with pytest.raises(BudgetExceededError):
+        Ledger(ThreatModel(norm, step=min(expected) * 0.99, scale=tuple(scale)), 2).charge(np.zeros((2, 3)), delta)
+    with pytest.raises(ValueError, match=r"scale of 3 entries does not fit frames of shape \(4,\)"):
+        ledger.charge(CLEAN2, CLEAN2)
+
+
+def test_the_covering_threat_contains_the_scaled_one_and_touches_it() -> None:
+    """The largest ||d|| over ||d / scale|| <= r is r times the largest scale among attackable entries."""
+    threat = ThreatModel(2, step=0.5, episode=2.0, scale=(0.5, 3.0, 1.0))
+    assert threat.covering() == ThreatModel(2, step=1.5, episode=6.0)
+    masked = ThreatModel(math.inf, step=0.5, scale=(0.5, 3.0, 1.0), mask=(True, False, True))
+    assert masked.covering() == ThreatModel(math.inf, step=0.5, mask=(True, False, True))
+    frame = ThreatModel(1, step=1.0, scale=(5.0, 2.0), mask=(False, True, False, False, False, True))
+    assert frame.covering().step == 2.0
+    assert ThreatModel(1, step=1.0, scale=(5.0, 2.0, 1.0, 7.0, 1.0, 1.0), mask=(True, False)).covering().step == 5.0
+    assert ThreatModel(0, step=2, scale=(5.0, 2.0)).covering() == ThreatModel(0, step=2)
+    plain = ThreatModel(2, step=0.5)
+    assert plain.covering() is plain
+    with pytest.raises(ValueError, match="mask of 2 entries does not fit a scale of 3"):
+        ThreatModel(1, step=1.0, scale=(1.0, 2.0, 3.0), mask=(True, False)).covering()
+
+
+@pytest.mark.parametrize(("epsilon", "level"), [(0.00392, 1), (1 / 255, 1), (0.01176, 3), (0.0, 0), (8 / 255, 8), (0.0314, 8)])
+def test_literals_of_papers_mean_whole_grey_levels(epsilon: float, level: int) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        threat = ThreatModel.from_unit01(epsilon)
+    assert threat == ThreatModel(math.inf, step=level, units="uint8")
+    assert len(told) == (abs(255 * epsilon - level) > 1e-9)
+    assert all(f"{level}/255" in str(one.message) for one in told)
+
+
+def test_other_radii_keep_their_fractions() -> None:
+    assert ThreatModel.from_unit01(0.01).step == pytest.approx(2.55, rel=1e-12)
+    assert ThreatModel.from_unit01(0.00392, norm=2).step == pytest.approx(0.9996)
+    with pytest.raises(ValueError, match="epsilon"):
+        ThreatModel.from_unit01(math.nan)
+
+
+def test_a_fraction_of_a_grey_level_is_floored_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match=r"step = 2\.55 of norm inf means 2 "):
+        assert ThreatModel(math.inf, step=2.55, units="uint8").in_whole_levels().step == 2.0
+    assert ThreatModel(math.inf, step=255 * (3 / 255), units="uint8").in_whole_levels().step == 3.0
+    for kept in (ThreatModel(2, step=2.5), ThreatModel(math.inf, step=math.inf), ThreatModel(math.inf, step=2.5, scale=(2.0,))):
+        assert kept.in_whole_levels() == kept
 
 
 def test_unlimited_budgets_are_allowed_by_name() -> None:
@@ -245,6 +316,13 @@ def test_unlimited_budgets_are_allowed_by_name() -> None:
         ({"norm": 2, "episode": 1.0, "mask": (1, 0)}, "mask", ValueError),
         ({"norm": 2, "episode": 1.0, "mask": ((True, False), (True, True))}, "mask", ValueError),
         ({"norm": 2, "episode": 1.0, "mask": True}, "mask", ValueError),
+        ({"norm": 2, "episode": 1.0, "scale": ()}, "scale", ValueError),
+        ({"norm": 2, "episode": 1.0, "scale": (1.0, 0.0)}, "scale", ValueError),
+        ({"norm": 2, "episode": 1.0, "scale": (1.0, -1.0)}, "scale", ValueError),
+        ({"norm": 2, "episode": 1.0, "scale": (1.0, math.nan)}, "scale", ValueError),
+        ({"norm": 2, "episode": 1.0, "scale": (1.0, math.inf)}, "scale", ValueError),
+        ({"norm": 2, "episode": 1.0, "scale": ((1.0, 1.0),)}, "scale", ValueError),
+        ({"norm": 2, "episode": 1.0, "scale": "all"}, "scale", TypeError),
     ],
 )
 def test_bad_threat_models_are_refused_by_name(arguments: dict[str, Any], name: str, kind: type[Exception]) -> None:

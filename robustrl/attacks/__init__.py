@@ -3,11 +3,35 @@
 from collections.abc import Callable
 from functools import partial
 
+from robustrl.attacks.ball import Ball
 from robustrl.attacks.base import Attack, AttackContext
-from robustrl.attacks.gradient import GradientAttack
-from robustrl.attacks.objectives import ActionDeviation, LowValue, Margin, Objective
+from robustrl.attacks.gradient import FGSM, GradientAttack, LangevinAttack, MomentumAttack
+from robustrl.attacks.hindsight import knapsack_oracle
+from robustrl.attacks.objectives import (
+    ActionDeviation,
+    CrossEntropy,
+    Flips,
+    LowValue,
+    Margin,
+    MinProbability,
+    Objective,
+    Targeted,
+    Weighted,
+)
+from robustrl.attacks.pattanaik import Pattanaik
+from robustrl.attacks.queries import NES, Square, Transfer
+from robustrl.attacks.random_noise import RandomNoise
 from robustrl.attacks.smoothed import FlipAttack, MinimalFlip, SmoothedPGD
-from robustrl.attacks.timing import Allocation, Greedy, Spread, StrategicallyTimed, Uniform
+from robustrl.attacks.timing import (
+    Allocation,
+    Geometric,
+    Greedy,
+    PreferenceThreshold,
+    QGapThreshold,
+    Spread,
+    StrategicallyTimed,
+    Uniform,
+)
 
 ATTACKS: dict[str, Callable[..., Attack]] = {
     "pgd": SmoothedPGD,
@@ -15,24 +39,59 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "mad": partial(GradientAttack, ActionDeviation()),
     "critic": partial(GradientAttack, LowValue()),
     "margin": partial(GradientAttack, Margin()),
+    "ce": partial(GradientAttack, CrossEntropy()),
+    "votes": partial(GradientAttack, MinProbability()),
+    "targeted": partial(GradientAttack, Targeted()),
+    "fgsm": FGSM,
+    "fgsm_rs": partial(FGSM, random_start=True),
+    "mi_fgsm": partial(MomentumAttack, Margin()),
+    "momentum": partial(MomentumAttack, Margin(), momentum=0.5, look_ahead=True),
+    "sgld": partial(LangevinAttack, ActionDeviation()),
+    "pattanaik": Pattanaik,
+    "square": Square,
+    "decision": partial(Square, Flips()),
+    "nes": NES,
+    "spsa": partial(NES, kind="signs"),
+    "random": RandomNoise,
+    "corner": partial(RandomNoise, "corner"),
+    "gaussian": partial(RandomNoise, "gaussian"),
+    "salt_and_pepper": partial(RandomNoise, "salt-and-pepper"),
 }
 """Attacks by the names of the command line; each takes the keyword arguments of its class."""
 
 __all__ = [
     "ATTACKS",
+    "FGSM",
+    "NES",
     "ActionDeviation",
     "Allocation",
     "Attack",
     "AttackContext",
+    "Ball",
+    "CrossEntropy",
     "FlipAttack",
+    "Flips",
+    "Geometric",
     "GradientAttack",
     "Greedy",
+    "LangevinAttack",
     "LowValue",
     "Margin",
+    "MinProbability",
     "MinimalFlip",
+    "MomentumAttack",
     "Objective",
+    "Pattanaik",
+    "PreferenceThreshold",
+    "QGapThreshold",
+    "RandomNoise",
     "SmoothedPGD",
     "Spread",
+    "Square",
     "StrategicallyTimed",
+    "Targeted",
+    "Transfer",
     "Uniform",
+    "Weighted",
+    "knapsack_oracle",
 ]

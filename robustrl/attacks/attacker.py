@@ -12,6 +12,7 @@ from torch import Tensor
 
 from robustrl.attacks.base import Attack, AttackContext
 from robustrl.attacks.geometry import Pixels, per_row
+from robustrl.attacks.integers import rounded as rounded
 from robustrl.errors import check_count
 from robustrl.noise import Noise
 from robustrl.policy import Padding, PolicyView, push_frame, start_stack
@@ -65,8 +66,8 @@ class Attacker:
             raise ValueError(f"policy must be given: {type(attack).__name__} looks at the policy that it attacks")
         if horizon is None and threat.episode is not None:
             raise ValueError("horizon must be given with an episode budget: attackers spread it over the steps that are left")
-        if policy is not None:
-            attack.check(policy, threat, noise)
+        if policy is not None or not attack.needs_policy:
+            attack.check(cast(PolicyView, policy), threat, noise)
         self.attack, self.policy, self.noise = attack, policy, noise
         self.n_frames, self.padding = check_count("n_frames", n_frames), padding
         self.pixels, self.quantise = pixels, quantise
@@ -101,19 +102,40 @@ class Attacker:
         """
         chosen = np.arange(len(self._step)) if slots is None else slots
         rows = torch.from_numpy(chosen).to(self.device)
-        if self._stacks is None:
-            empty = torch.zeros(len(self._step), self.n_frames, *frames.shape[1:], dtype=frames.dtype, device=frames.device)
-            self._stacks = empty, empty.clone()
-        clean, delivered = self._stacks
+        context = self.context(frames, chosen, seen=seen, memory=memory)
+        # Copies: an attack that writes into what it is shown must not change what it is charged for.
+        before, step = frames.cpu().numpy().copy(), self._step[rows]
+        clean, delivered = self._stacks_like(frames)
+        clean[rows] = context.clean_stack
+        result = self.attack.perturb(frames.clone(), context)
+        if self.quantise is not None:
+            result = self.quantise(frames, result)
+        self.allowances[chosen] = self.ledger.allowance[chosen]
+        self.norms[chosen] = self.ledger.charge(before, result.cpu().numpy(), chosen)
+        if seen is None:
+            delivered[rows] = self._pushed(delivered[rows], result, step)
+        self._step[rows] += 1
+        return result
+
+    def context(
+        self,
+        frames: Tensor,
+        slots: NDArray[np.int64] | None = None,
+        *,
+        seen: Tensor | None = None,
+        memory: Tensor | None = None,
+    ) -> AttackContext:
+        """What the attacker knows when these frames have arrived; see `deliver`."""
+        chosen = np.arange(len(self._step)) if slots is None else slots
+        rows = torch.from_numpy(chosen).to(self.device)
+        clean, delivered = self._stacks_like(frames)
         step = self._step[rows]
-        clean[rows] = self._pushed(clean[rows], frames, step)
-        allowance = self.ledger.allowance[chosen]
-        context = AttackContext(
+        return AttackContext(
             policy=cast(PolicyView, self.policy),
             noise=self.noise,
-            clean_stack=clean[rows],
+            clean_stack=self._pushed(clean[rows], frames, step),
             seen_stack=self._pushed(delivered[rows] if seen is None else seen, frames, step),
-            allowance=torch.from_numpy(allowance).to(frames.device),
+            allowance=torch.from_numpy(self.ledger.allowance[chosen]).to(frames.device),
             attackable=self._attackable(frames),
             step=step,
             steps_left=(self.horizon - step).clamp_min(1),
@@ -123,23 +145,21 @@ class Attacker:
             remaining=torch.from_numpy(self.ledger.remaining[chosen]).to(frames.device),
             memory=None if memory is None else memory.clone(),
             pixels=self.pixels,
+            scale=self._scale(frames),
+            slots=rows,
         )
-        # Copies: an attack that writes into what it is shown must not change what it is charged for.
-        before = frames.cpu().numpy().copy()
-        result = self.attack.perturb(frames.clone(), context)
-        if self.quantise is not None:
-            result = self.quantise(frames, result)
-        self.norms[chosen] = self.ledger.charge(before, result.cpu().numpy(), chosen)
-        self.allowances[chosen] = allowance
-        if seen is None:
-            delivered[rows] = self._pushed(delivered[rows], result, step)
-        self._step[rows] += 1
-        return result
 
     def reset(self, slots: NDArray[np.int64] | None = None) -> None:
         """Start new episodes in the given slots (default all)."""
         self.ledger.reset(slots)
         self._step[slice(None) if slots is None else torch.from_numpy(slots).to(self.device)] = 0
+
+    def _stacks_like(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """True and delivered frame stacks of all slots."""
+        if self._stacks is None:
+            empty = torch.zeros(len(self._step), self.n_frames, *frames.shape[1:], dtype=frames.dtype, device=frames.device)
+            self._stacks = empty, empty.clone()
+        return self._stacks
 
     def _pushed(self, stack: Tensor, frames: Tensor, step: Tensor) -> Tensor:
         """Stacks with a new frame at the end; those of starting episodes are filled."""
@@ -150,8 +170,6 @@ class Attacker:
         allowed: Any = self.ledger.threat.attackable(tuple(frames.shape[1:]))
         return torch.from_numpy(allowed.astype(np.float32)).to(frames.device)
 
-
-def rounded(frames: Tensor, delivered: Tensor) -> Tensor:
-    """Whole steps from whole frames, each no longer than the one it stands for: no norm can grow."""
-    delta = delivered.double() - frames.double()
-    return (frames.double() + delta.sign() * (delta.abs() + 1e-6).floor()).to(frames.dtype)
+    def _scale(self, frames: Tensor) -> Tensor | None:
+        scale = self.ledger.threat.scales(tuple(frames.shape[1:]))
+        return None if scale is None else torch.from_numpy(scale).to(frames.device)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from robustrl.attacks.geometry import per_row
+from robustrl.attacks.geometry import Pixels, per_row
 from robustrl.noise import Noise
 from robustrl.policy import Padding, PolicyView
 from robustrl.threat import ThreatModel
@@ -37,7 +38,10 @@ class AttackContext:
         steps_left: most steps they can still have, this one included, int64 (n,).
         remaining: episode budget left, float64 (n,), inf without one; None for as much as the allowance.
         memory: what a recurrent policy remembers (n, *memory_shape), or None.
-        pixels: the range that attacked pictures stay in, or None for observations that are no pictures.
+        pixels: the range that attacked observations stay in, or None; see `geometry.Pixels`.
+        scale: unit of every entry of a frame, float64 (*frame): norms are those of a perturbation divided by it; None for ones.
+        slots: which episodes these are, int64 (n,); None for 0, ..., n - 1.
+        command: what a learned attacker has decided, (n, ...), for the objectives that carry it out; None without one.
     """
 
     policy: PolicyView
@@ -53,7 +57,10 @@ class AttackContext:
     norm: float = 2
     remaining: Tensor | None = None
     memory: Tensor | None = None
-    pixels: tuple[float, float] | None = None
+    pixels: Pixels = None
+    scale: Tensor | None = None
+    slots: Tensor | None = None
+    command: Tensor | None = None
 
     def observation(self, frames: Tensor) -> Tensor:
         """What the network would see if the newest frame were `frames` (n, *frame); float32, differentiable in them."""
@@ -72,12 +79,37 @@ class AttackContext:
         """The policy's scores (n, n_scores) if the newest frames were `frames`; differentiable in them."""
         return self.policy.scores(self.observation(frames), self.memory)
 
+    def uniforms(self, size: int) -> Tensor:
+        """Random numbers in (0, 1), float64 (n, size), that differ between episodes: none depends on which others still run.
+
+        One number of the attacker's stream is the key of a counter-based generator. Source: the mixing function of SplitMix64,
+        Steele, Lea, Flood (OOPSLA 2014).
+        """
+        key = torch.randint(2**62, (1,), generator=self.generator, device=self.generator.device).to(self.step.device)
+        slots = torch.arange(len(self.step), device=self.step.device) if self.slots is None else self.slots
+        z = (key + slots[:, None] * size + torch.arange(size, device=key.device)) * _signed(0x9E3779B97F4A7C15)
+        z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+        z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
+        return (_shifted(z ^ _shifted(z, 31), 11).double() + 0.5) * 2.0**-53
+
     def select(self, rows: Tensor) -> AttackContext:
         """The context of some of the episodes."""
         values = {**self.__dict__}
-        for name in ("clean_stack", "seen_stack", "memory", "allowance", "remaining", "step", "steps_left"):
+        if self.slots is None:
+            values["slots"] = torch.arange(len(self.step), device=self.step.device)
+        for name in ("clean_stack", "seen_stack", "memory", "allowance", "remaining", "step", "steps_left", "slots", "command"):
             values[name] = None if values[name] is None else values[name][rows]
         return AttackContext(**values)
+
+
+def _signed(word: int) -> int:
+    return word - 2**64
+
+
+def _shifted(words: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right."""
+    shifted: Tensor = (words >> bits) & (2 ** (64 - bits) - 1)
+    return shifted
 
 
 class Described:
@@ -91,7 +123,20 @@ class Described:
 def _plain(value: object) -> Any:
     if isinstance(value, Described):
         return value.to_dict()
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, nn.Module):
+        return _fingerprint(value)
     return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
+
+
+def _fingerprint(module: nn.Module) -> str:
+    """SHA-256 of a network's layers and weights."""
+    digest = hashlib.sha256(repr(module).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        array = tensor.detach().cpu().numpy()
+        digest.update(f"{name}{array.dtype}{array.shape}".encode() + array.tobytes())
+    return f"{type(module).__name__} {digest.hexdigest()}"
 
 
 class Attack(Described, ABC):

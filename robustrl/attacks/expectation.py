@@ -23,17 +23,21 @@ Respond = Callable[[AttackContext, Tensor], Tensor]
 """What of the victim is looked at: a context and its newest frames (n, *frame) -> (n, k)."""
 
 
-def check_threat(name: str, policy: PolicyView, threat: ThreatModel, noise: Noise | None) -> None:
-    """What every attack by gradients under additive noise needs.
+def check_threat(
+    name: str, policy: PolicyView, threat: ThreatModel, noise: Noise | None, norms: tuple[float, ...] = NORMS
+) -> None:
+    """What every attack under additive noise needs.
 
     Raises:
         ValueError: naming the attack, for another norm, units, mask, an infinite budget or another noise.
     """
-    if threat.norm not in NORMS:
-        raise ValueError(f"{name} follows gradients; threat.norm must be 1, 2 or inf, got {threat.norm}")
+    if threat.norm not in norms:
+        allowed = ", ".join(f"{norm:g}" for norm in norms[:-1]) + f" or {norms[-1]:g}"
+        raise ValueError(f"{name} needs another norm; threat.norm must be {allowed}, got {threat.norm}")
     if threat.units != "raw":
         raise ValueError(f"{name} attacks in raw units; got units={threat.units!r}")
     threat.attackable(policy.frame_shape)
+    threat.scales(policy.frame_shape)
     if math.isinf(min(limit for limit in (threat.step, threat.episode) if limit is not None)):
         raise ValueError(f"{name} needs a finite budget, got step={threat.step}, episode={threat.episode}")
     if not isinstance(noise, Gaussian | Uniform | Laplace | None):

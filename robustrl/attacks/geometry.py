@@ -1,6 +1,6 @@
 """Directions, balls and ranges: staying inside them in the precision that the ledger charges in.
 
-Norms are 1, 2 and inf, of whole rows. Steepest ascent and projections: Duchi, Shalev-Shwartz, Singer, Chandra (ICML 2008)
+Norms are 1, 2 and inf, of whole rows; what needs more than a norm (a scale, a mask, norm 0) is in `ball`. Steepest ascent and projections: Duchi, Shalev-Shwartz, Singer, Chandra (ICML 2008)
 for the l1 ball; the others are elementary.
 """
 
@@ -15,8 +15,8 @@ NORMS = (1, 2, math.inf)
 SPREAD_L1 = 0.01
 """Share of the entries that an l1 step moves. The steepest direction moves one, but a picture's entry has nowhere to go."""
 
-Pixels = tuple[float, float] | None
-"""The range of a picture's entries; None for observations that are no pictures."""
+Pixels = tuple[float, float] | tuple[Tensor, Tensor] | None
+"""The range (low, high) that delivered entries stay in: numbers for a picture, tensors (*frame) for a Box; None for no range."""
 
 
 def row_norms(delta: Tensor, norm: float = 2) -> Tensor:
@@ -45,7 +45,7 @@ def ascent(gradient: Tensor, norm: float = 2) -> Tensor:
     """
     if norm == 2:
         return unit(gradient)
-    flat = _usable(gradient)
+    flat = usable(gradient).flatten(1)
     direction = flat.sign()
     if norm == 1:
         moved = math.ceil(SPREAD_L1 * flat.shape[1])
@@ -54,10 +54,10 @@ def ascent(gradient: Tensor, norm: float = 2) -> Tensor:
     return direction.reshape(gradient.shape)
 
 
-def _usable(gradient: Tensor) -> Tensor:
-    """Flat rows; zero where one is not finite."""
+def usable(gradient: Tensor) -> Tensor:
+    """The gradient; zero in rows where it is not finite everywhere."""
     flat = gradient.flatten(1)
-    return torch.where(torch.isfinite(flat).all(1, keepdim=True), flat, 0.0)
+    return torch.where(torch.isfinite(flat).all(1, keepdim=True), flat, 0.0).reshape(gradient.shape)
 
 
 def project_l2(delta: Tensor, radius: Tensor) -> Tensor:
@@ -79,6 +79,34 @@ def project(delta: Tensor, radius: Tensor, norm: float = 2) -> Tensor:
     last = (ordered > excess).sum(1, keepdim=True).clamp_min(1) - 1
     shrunk = (sizes - excess.gather(1, last).clamp_min(0.0)).clamp_min(0.0)
     return delta.sign() * shrunk.reshape(delta.shape).to(delta.dtype)
+
+
+def unit_ball(uniforms: Tensor, attackable: Tensor, norm: float) -> Tensor:
+    """Points spread evenly over the unit ball of the attackable entries, from numbers in (0, 1).
+
+    Norms 2 and 1: Gaussian or Laplace entries, normalised, at a distance whose n-th power is uniform (norm 1: by one exponential
+    number more than entries, which does the same).
+
+    Args:
+        uniforms: float64 (n, entries + 1).
+        attackable: 1 or 0, (*frame).
+        norm: 1, 2 or inf.
+    Returns:
+        float64 (n, *frame).
+    """
+    which = attackable.flatten().double()
+    centred, last = 2 * uniforms[:, 1:] - 1, uniforms[:, :1]
+    entries: Tensor
+    match norm:
+        case 2:
+            entries = torch.special.ndtri(uniforms[:, 1:]) * which
+            entries = entries * (last ** (1 / which.sum()) / torch.linalg.vector_norm(entries, dim=1, keepdim=True))
+        case 1:
+            sizes = -torch.log1p(-centred.abs()) * which
+            entries = centred.sign() * sizes / (sizes.sum(1, keepdim=True) - last.log())
+        case _:
+            entries = centred * which
+    return entries.reshape(-1, *attackable.shape)
 
 
 def random_direction(attackable: Tensor, norm: float, generator: torch.Generator) -> Tensor:
@@ -103,7 +131,7 @@ def moved(frames: Tensor, delta: Tensor, pixels: Pixels = None) -> Tensor:
     if pixels is None:
         return frames + delta
     low, high = pixels
-    return torch.maximum(torch.minimum(frames + delta, frames.clamp_min(high)), frames.clamp_max(low))
+    return torch.maximum(torch.minimum(frames + delta, frames.clamp(min=high)), frames.clamp(max=low))
 
 
 def within(frames: Tensor, delta: Tensor, pixels: Pixels) -> Tensor:
@@ -128,7 +156,7 @@ def farthest(gradient: Tensor, frames: Tensor, radius: Tensor, norm: float, pixe
     if norm != 1:
         direction = ascent(unblocked(gradient, frames, pixels), norm)
         return within(frames, direction * per_row(radius, direction), pixels)
-    flat, x, budget = _usable(gradient).double(), frames.flatten(1).double(), radius[:, None]
+    flat, x, budget = usable(gradient).flatten(1).double(), frames.flatten(1).double(), radius[:, None]
     room = budget.expand(x.shape)
     if pixels is not None:
         low, high = pixels
@@ -140,20 +168,27 @@ def farthest(gradient: Tensor, frames: Tensor, radius: Tensor, norm: float, pixe
     return steps.reshape(gradient.shape).to(gradient.dtype)
 
 
-def deliver(frames: Tensor, delta: Tensor, radius: Tensor, norm: float = 2, pixels: Pixels = None) -> Tensor:
+def deliver(
+    frames: Tensor, delta: Tensor, radius: Tensor, norm: float = 2, pixels: Pixels = None, scale: Tensor | None = None
+) -> Tensor:
     """frames + delta, shrunk until the *delivered* perturbation, after rounding, is within `radius` (n,) and `pixels`.
 
     Rounding frames + delta to the frames' dtype can lengthen the perturbation; what still does not fit after shrinks that
-    grow by and by (a budget below the dtype's resolution) is not spent at all.
+    grow by and by (a budget below the dtype's resolution) is not spent at all. A `scale` (*frame) is what is divided by first.
     """
+
+    def norms_of(delivered: Tensor) -> Tensor:
+        change = delivered.double() - frames.double()
+        return row_norms(change if scale is None else change / scale, norm)
+
     delivered = moved(frames, delta, pixels)
     for excess in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
-        norms = row_norms(delivered.double() - frames.double(), norm)
+        norms = norms_of(delivered)
         over = norms > radius
         if not over.any():
             return delivered
         shrink = torch.where(over, radius / norms.clamp_min(1e-300) * (1 - excess), 1.0)
         delta = delta * per_row(shrink, delta)
         delivered = torch.where(per_row(over, frames).bool(), moved(frames, delta, pixels), delivered)
-    over = row_norms(delivered.double() - frames.double(), norm) > radius
+    over = norms_of(delivered) > radius
     return torch.where(per_row(over, frames).bool(), frames, delivered)

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robustrl.attacks.ball import Ball
 from robustrl.attacks.base import Attack, AttackContext
 from robustrl.attacks.expectation import answers, check_threat, rows_per_block, samples
-from robustrl.attacks.geometry import ascent, deliver, farthest, per_row, project, row_norms, unblocked, within
+from robustrl.attacks.geometry import per_row, row_norms
 from robustrl.errors import check_count, check_positive, check_real
 from robustrl.noise import Noise
 from robustrl.policy import PolicyView
@@ -81,7 +82,7 @@ class FlipAttack(Attack):
         delta = torch.zeros_like(x)
         delta[rows[chosen]] = deltas[chosen]
         result = frames.clone()
-        delivered = deliver(x, delta, part.allowance, context.norm, context.pixels)
+        delivered = Ball.around(x, part).deliver(delta)
         result[with_budget] = torch.where(per_row(row_norms(delta) > 0, x).bool(), delivered, x)
         return result
 
@@ -134,8 +135,8 @@ class SmoothedPGD(FlipAttack):
         check_positive("multiplier", self.multiplier)
 
     def search(self, x: Tensor, pairs: _Pairs, context: AttackContext, noise: Tensor) -> tuple[Tensor, Tensor]:
-        radius = context.allowance[pairs.rows]
-        limit = torch.floor(self.multiplier * radius / self.step_size)
+        balls = Ball.around(x, context).select(pairs.rows)
+        limit = torch.floor(self.multiplier * balls.radius / self.step_size)
         delta = torch.zeros_like(x[pairs.rows])
         reached = torch.zeros(len(delta), dtype=torch.bool, device=x.device)
         trying = torch.arange(len(delta), device=x.device)
@@ -151,10 +152,9 @@ class SmoothedPGD(FlipAttack):
                 break
             loss = torch.nn.functional.cross_entropy(scores, some.targets, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, point)
-            uphill = ascent(unblocked(-gradient * context.attackable, point, context.pixels), context.norm)
-            moved = project(delta[trying] + self.step_size * uphill, radius[trying], context.norm)
-            moved = within(x[some.rows], moved, context.pixels)
-            go_on &= row_norms(moved - delta[trying], context.norm) > 1e-4 * self.step_size
+            ball = balls.select(trying)
+            moved = ball.within(ball.project(delta[trying] + self.step_size * ball.ascent(-gradient, point)))
+            go_on &= ball.norms(moved - delta[trying]) > 1e-4 * self.step_size
             delta[trying[go_on]] = moved[go_on]
             trying, step = trying[go_on], step + 1
         return delta, reached
@@ -185,11 +185,11 @@ class MinimalFlip(FlipAttack):
             raise ValueError(f"confidence must be in (0, 1), got {self.confidence}")
 
     def search(self, x: Tensor, pairs: _Pairs, context: AttackContext, noise: Tensor) -> tuple[Tensor, Tensor]:
-        full = torch.zeros_like(x[pairs.rows])
+        balls, full = Ball.around(x, context).select(pairs.rows), torch.zeros_like(x[pairs.rows])
         reached = torch.zeros(len(full), dtype=torch.bool, device=x.device)
         trying = torch.arange(len(full), device=x.device)
         for step in range(self.steps + 1):
-            some, radius = pairs.select(trying), context.allowance[pairs.rows[trying]]
+            some = pairs.select(trying)
             point = (x[some.rows] + full[trying]).requires_grad_(True)
             scores = self._draw_scores(point, some.rows, context, noise)
             won = self._won(scores.detach(), some.targets)
@@ -200,7 +200,7 @@ class MinimalFlip(FlipAttack):
             target = scores.gather(2, some.targets[:, None, None].expand(-1, scores.shape[1], 1)).squeeze(2)
             others = scores.scatter(2, some.targets[:, None, None].expand(-1, scores.shape[1], 1), -math.inf).amax(2)
             (gradient,) = torch.autograd.grad((target - others).sum(), point)
-            moved = farthest(gradient * context.attackable, x[some.rows], radius, context.norm, context.pixels)
+            moved = balls.select(trying).farthest(gradient)
             lost &= row_norms(moved) > 0
             full[trying[lost]] = moved[lost]
             trying = trying[lost]

@@ -305,6 +305,7 @@ def episode_budget(noise: Noise, threat: ThreatModel, *, horizon: int, n_feature
         ValueError: if the mechanism has no bound for that threat, or the threat reaches features that carry no noise.
     """
     noise.require("episode")
+    threat = threat.covering()
     horizon, n_features = check_count("horizon", horizon), check_count("n_features", n_features)
     if noise.protected is not None:
         noisy = np.array(noise.protected)

@@ -79,4 +79,3 @@ def covering_budgets(threats: Sequence[ThreatModel], recipe: EnvRecipe) -> tuple
         **sizes,
     }
     return [episode_budget(recipe.noise, threat, **sizes) for threat in here], stated
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
+from robustrl.certify.returns import episode_budget
 from robustrl.envs import EnvRecipe
-from robustrl.envs.units import frame_units, in_frame_units
+from robustrl.envs.units import covering_budgets, frame_units, in_frame_units
+from robustrl.noise import Gaussian
 from robustrl.policy import Normalization
-from robustrl.threat import ThreatModel
+from robustrl.threat import Ledger, ThreatModel
 
 VARIANCES = np.array([0.25, 4.0, 1.0, 9.0])
 UNEVEN = Normalization(np.array([0.1, 0.2, -0.3, 0.0]), VARIANCES, epsilon=1e-8, clip=5.0)
@@ -94,10 +97,11 @@ def test_every_pair_of_units_has_its_factor_or_is_refused(name: str, units: Any,
             in_frame_units(threat, RECIPES[name], covering=True)
         return
     if pair in UNEVEN_PAIRS and norm != 0:
-        with pytest.raises(
-            ValueError, match=rf"^a ball in units '{units}' is none in the units .* give the attack's budget in units"
-        ):
-            in_frame_units(threat, RECIPES[name])
+        sizes = 1 / SCALE if units == "raw" else SCALE
+        exact = in_frame_units(threat, RECIPES[name])
+        np.testing.assert_allclose(exact.scale, sizes, rtol=1e-15)
+        assert replace(exact, scale=None, units=units) == threat  # the same radii, of delta / scale
+        assert exact.covering() == in_frame_units(threat, RECIPES[name], covering=True)
     else:
         assert in_frame_units(threat, RECIPES[name]) == in_frame_units(threat, RECIPES[name], covering=True)
     found, factor = in_frame_units(threat, RECIPES[name], covering=True), 1.0 if norm == 0 else FACTORS[pair]
@@ -164,6 +168,35 @@ def test_no_attack_within_the_stated_threat_exceeds_the_converted_one(pair: tupl
         spent = (size(delivered(episodes), norm).reshape(-1, 4) ** norm).sum(1) ** (1 / norm)
         assert spent.max() <= converted.episode * (1 + 1e-5)
         assert spent.max() >= converted.episode * (1 - 1e-3)
+
+
+@pytest.mark.parametrize(("name", "units"), sorted(UNEVEN_PAIRS))
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_ball_with_scales_is_the_stated_one_in_other_units(name: str, units: str, norm: float) -> None:
+    """What an attack costs is the same before and after the conversion, with a scale of its own as well."""
+    where = RECIPES[name]
+    for own in (None, (0.5, 2.0, 1.0, 3.0)):
+        threat = replace(limited(norm, units), scale=own)
+        delta = attacks(threat, (4,)) * (1.0 if own is None or norm == 0 else 0.3)
+        raw = np.random.default_rng(1).uniform(-0.1, 0.1, delta.shape)
+        change = [np.asarray(where.frames(x), np.float64) for x in (raw, perturbed(raw, delta, units, where.normalization))]
+        frames = np.where(np.abs(change[1] - change[0]) > 1e-6, change[1] - change[0], 0)
+        there = in_frame_units(threat, where)
+        stated = size(delta / (1.0 if own is None else np.array(own)), norm)
+        np.testing.assert_allclose(size(frames / np.array(there.scale or 1.0), norm), stated, rtol=1e-3)
+        ledger = Ledger(replace(there, step=math.inf, episode=None), len(delta))
+        np.testing.assert_allclose(ledger.charge(np.zeros_like(frames), frames), stated, rtol=1e-3)
+
+
+def test_certificates_cover_a_scale_through_its_largest_attackable_entry() -> None:
+    noisy = recipe(VECTOR, noise=Gaussian(0.5))
+    threat = ThreatModel(2, episode=0.5, scale=(3.0, 0.1, 0.2, 2.0))
+    assert covering_budgets([threat], noisy)[0] == [1.5]
+    assert covering_budgets([replace(threat, mask=(False, True, True, True))], noisy)[0] == [1.0]
+    assert episode_budget(Gaussian(0.5), threat, horizon=5, n_features=4) == 1.5
+    stated = covering_budgets([threat], noisy)[1]
+    assert ThreatModel.from_dict(stated["converted_from"][0]) == threat
+    assert ThreatModel.from_dict(stated["in_frame_units"][0]) == ThreatModel(2, episode=1.5)
 
 
 def test_a_mask_decides_which_features_count() -> None:
