@@ -79,7 +79,7 @@ INTERRUPTED = 130
 def train(
     env: Annotated[str, typer.Option("--env", help="Gymnasium id.")],
     out: Annotated[Path, typer.Option(help="Run directory to write.")],
-    algo: Annotated[str, typer.Option(help="ppo, a2c, dqn, sac, td3, ddpg or recurrent_ppo.")] = "ppo",
+    algo: Annotated[str, typer.Option(help="ppo, a2c, dqn, sac, td3, ddpg, recurrent_ppo, sa-ppo or sa-dqn.")] = "ppo",
     env_kwargs: EnvKwargs = None,
     sigma: Sigma = None,
     noise: NoiseText = None,
@@ -92,6 +92,15 @@ def train(
     n_envs: Annotated[int | None, typer.Option(help="Environments side by side; default the preset's.")] = None,
     hyperparameters: Annotated[
         str | None, typer.Option(help="Keyword arguments of the algorithm as JSON, in place of the preset's.")
+    ] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="sa-ppo, sa-dqn: radius per step, in units of the network's observations.")
+    ] = None,
+    kappa: Annotated[float | None, typer.Option(help="sa-ppo, sa-dqn: weight of the robustness term.")] = None,
+    norm: Annotated[str | None, typer.Option(help="sa-ppo, sa-dqn: inf (the default), 2 or 1.")] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(help="sa-ppo, sa-dqn: sgld or pgd (gradient ascent), ibp (an upper bound), or radial."),
     ] = None,
     seed: Seed = 0,
     verbose: Annotated[int, typer.Option(help="SB3's verbosity.")] = 0,
@@ -107,6 +116,8 @@ def train(
         max_episode_steps=max_episode_steps,
         env_kwargs=parse_object("--env-kwargs", env_kwargs),
     )
+    robust = {"epsilon": epsilon, "kappa": kappa, "norm": norm, "loss": loss}
+    arguments = parse_object("--hyperparameters", hyperparameters) or {}
     run(
         recipe,
         out,
@@ -115,7 +126,7 @@ def train(
         seed=seed,
         n_envs=n_envs,
         normalize=normalize,
-        hyperparameters=parse_object("--hyperparameters", hyperparameters),
+        hyperparameters=arguments | {name: value for name, value in robust.items() if value is not None},
         progress_bar=True,
         verbose=verbose,
     )

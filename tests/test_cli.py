@@ -195,6 +195,18 @@ def test_frame_stacks_and_algorithms_are_trained_and_certified(robustrl: Run, tm
     assert json.loads((folder / "run.json").read_text())["algo"] == "a2c"
 
 
+def test_an_agent_is_trained_against_attackers_and_certified_as_a_plain_one(robustrl: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "robust"
+    options = ("--algo", "sa-ppo", "--epsilon", 0.05, "--kappa", 0.3, "--norm", "2", "--loss", "ibp", "--out", folder)
+    quick = ("--hyperparameters", '{"n_steps": 16, "batch_size": 32}')
+    assert robustrl(*TRAIN[:-4], "--timesteps", 40, "--n-envs", 2, *options, *quick).status == 0
+    run = json.loads((folder / "run.json").read_text())
+    assert run["algo"] == "sa_ppo"
+    stated = {"epsilon": 0.05, "kappa": 0.3, "norm": "2", "loss": "ibp", "n_steps": 16}
+    assert run["hyperparameters"].items() >= stated.items()
+    assert robustrl("certify", folder, *CERTIFY).status == 0
+
+
 def test_finished_chunks_are_not_run_again(robustrl: Run, run_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert robustrl("certify", run_directory, *CERTIFY).status == 0
     assert robustrl("attack", run_directory, "--budget", "0.2", *ATTACK).status == 0
@@ -340,6 +352,11 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "train with hyperparameters that are no JSON": ((*TRAIN, "--hyperparameters", "{", "--out", "HERE/new"), "--hyperparameters must be a JSON object"),
     "train with a list of hyperparameters": ((*TRAIN, "--hyperparameters", "[1]", "--out", "HERE/new"), "--hyperparameters must be a JSON object"),
+    "train with an epsilon that nothing needs": ((*TRAIN, "--epsilon", 0.1, "--out", "HERE/new"), "epsilon belong to sa_ppo and sa_dqn"),
+    "train robustly with an unknown loss": (
+        (*TRAIN, "--algo", "sa-ppo", "--loss", "crown", "--out", "HERE/new"),
+        "loss must be one of 'sgld', 'pgd', 'ibp', 'radial'",
+    ),
     "train with odd environment arguments": ((*TRAIN, "--env-kwargs", '{"wings": 2}', "--out", "HERE/new"), "cannot be made with"),
     "no normalisation file": (("certify", *ZIP, "--sigma", 0.2, "--normalization", "HERE/none.npz"), "no normalisation file"),
     "normalisation that is none": (("certify", *ZIP, "--sigma", 0.2, "--normalization", "HERE/text.npz"), "is not a normalisation file"),

@@ -28,7 +28,10 @@ from gymnasium import spaces
 
 from robustrl.errors import UnsafeModelError
 
-ALGORITHMS = ("ppo", "a2c", "dqn", "sac", "td3", "ddpg", "recurrent_ppo")
+ACTING_AS = {"sa_ppo": "ppo", "sa_dqn": "dqn"}
+"""Algorithms of `robustrl.training.robust`, whose models act as those of SB3's."""
+
+ALGORITHMS = ("ppo", "a2c", "dqn", "sac", "td3", "ddpg", "recurrent_ppo", *ACTING_AS)
 
 _ACTIVATIONS = ("Tanh", "ReLU", "ELU", "LeakyReLU", "GELU", "SiLU", "Sigmoid", "Softplus", "Mish")
 _OPTIMIZERS = ("Adam", "AdamW", "SGD", "RMSprop")
@@ -68,16 +71,28 @@ _UNFIT = (
 """What building a network from contradictory text, or reading a damaged weights file, can end in."""
 
 
+def algorithm_name(name: str) -> str:
+    """An algorithm's name as run files have it; "sa-ppo" is "sa_ppo".
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    known = name.replace("-", "_") if isinstance(name, str) else name
+    if known not in ALGORITHMS:
+        raise ValueError(f"algo must be one of {', '.join(ALGORITHMS)}, got {name!r}")
+    return known
+
+
 def algorithm_class(name: str) -> Any:
-    """The SB3 or sb3-contrib class of an algorithm's lower-case name.
+    """The SB3 or sb3-contrib class that acts for an algorithm, by its lower-case name.
 
     Raises:
         ValueError: for an unknown name, or where sb3-contrib is needed and not installed.
     """
     import stable_baselines3
 
-    if name not in ALGORITHMS:
-        raise ValueError(f"algo must be one of {', '.join(ALGORITHMS)}, got {name!r}")
+    name = algorithm_name(name)
+    name = ACTING_AS.get(name, name)
     if name != "recurrent_ppo":
         return getattr(stable_baselines3, name.upper())
     try:
@@ -102,7 +117,7 @@ def load_model(
 
     Args:
         path: the zip.
-        algo: "ppo", "a2c", "dqn", "sac", "td3", "ddpg" or "recurrent_ppo"; default what the file says.
+        algo: "ppo", "a2c", "dqn", "sac", "td3", "ddpg", "recurrent_ppo", "sa_ppo" or "sa_dqn"; default what the file says.
         policy_kwargs: how the network is built; default what the file says, as far as it is plain text. Classes may be
             given by name, e.g. {"activation_fn": "ReLU"}.
         action_space: the environment's; default what the file says as text.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from robustrl.envs.recipe import find_spec
+from robustrl.policy.loading import ACTING_AS
 
 
 class _Frozen(Mapping[str, Any]):
@@ -40,6 +41,7 @@ class Preset:
     Attributes:
         env: keyword arguments for `robustrl.make_vec_env`.
         ppo, a2c, dqn, sac, td3, ddpg, recurrent_ppo: keyword arguments for the SB3 algorithm of that name.
+        sa_ppo, sa_dqn: what `SAPPO` and `SADQN` take beside those of ppo and dqn; see `arguments`.
         normalize: whether training needs normalised observations.
         timesteps: environment steps that suffice.
     """
@@ -52,8 +54,15 @@ class Preset:
     td3: Mapping[str, Any] = field(default_factory=_Frozen)
     ddpg: Mapping[str, Any] = field(default_factory=_Frozen)
     recurrent_ppo: Mapping[str, Any] = field(default_factory=_Frozen)
+    sa_ppo: Mapping[str, Any] = field(default_factory=_Frozen)
+    sa_dqn: Mapping[str, Any] = field(default_factory=_Frozen)
     normalize: bool = False
     timesteps: int = 200_000
+
+    def arguments(self, algo: str) -> dict[str, Any]:
+        """Keyword arguments of an algorithm; those of sa_ppo and sa_dqn come on top of ppo's and dqn's."""
+        base = ACTING_AS.get(algo)
+        return {**(getattr(self, base) if base else {}), **getattr(self, algo)}
 
 
 cartpole = Preset(
@@ -75,6 +84,8 @@ cartpole = Preset(
         policy_kwargs={"net_arch": [256, 256]},
         device="cpu",
     ),
+    sa_ppo=_Frozen(epsilon=0.1, kappa=0.1),
+    sa_dqn=_Frozen(epsilon=0.1, kappa=0.1),
 )
 """CartPole under Gaussian noise; PPO reaches 195 of 200 at sigma 0.2 in 200k steps."""
 
@@ -115,10 +126,11 @@ mujoco = Preset(
         policy_kwargs={"net_arch": [64, 64]},
         device="cpu",
     ),
+    sa_ppo=_Frozen(epsilon=0.075, kappa=0.1),
     normalize=True,
     timesteps=1_000_000,
 )
-"""MuJoCo's walkers and pendulums, PPO on normalised observations."""
+"""MuJoCo's walkers and pendulums, PPO on normalised observations; epsilon, in normalised units, and kappa are SA-PPO's for Hopper."""
 
 atari = Preset(
     env=_Frozen(n_envs=8),

@@ -23,7 +23,7 @@ class RunInfo:
     """What `run.json` holds: plain data from which model and environment are rebuilt.
 
     Attributes:
-        algo: "ppo", "a2c", "dqn", "sac", "td3", "ddpg" or "recurrent_ppo".
+        algo: "ppo", "a2c", "dqn", "sac", "td3", "ddpg", "recurrent_ppo", "sa_ppo" or "sa_dqn".
         recipe: `EnvRecipe.to_dict`; its normalisation has a file of its own, `normalization.npz`.
         seed: root seed of training.
         timesteps: environment steps trained.

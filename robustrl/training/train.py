@@ -17,14 +17,22 @@ from robustrl.envs.recipe import EnvRecipe, make_vec_env, wrap_vec_env
 from robustrl.errors import check_count
 from robustrl.files import write_atomically
 from robustrl.policy import Normalization
-from robustrl.policy.loading import algorithm_class
+from robustrl.policy.loading import ACTING_AS, algorithm_class, algorithm_name
 from robustrl.rollouts.executor import build, one_thread
 from robustrl.rollouts.progress import progress_bar as rollout_bar
 from robustrl.training.presets import preset_for
 from robustrl.training.run_files import RunInfo
 
-OFF_POLICY = ("dqn", "sac", "td3", "ddpg")
-ACTIONS: dict[str, Any] = {"dqn": spaces.Discrete, "sac": spaces.Box, "td3": spaces.Box, "ddpg": spaces.Box}
+OFF_POLICY = ("dqn", "sac", "td3", "ddpg", "sa_dqn")
+ROBUST = {"epsilon", "kappa", "norm", "loss", "epsilon_schedule"}
+"""What `SAPPO` and `SADQN` take beside PPO's and DQN's arguments."""
+ACTIONS: dict[str, Any] = {
+    "dqn": spaces.Discrete,
+    "sa_dqn": spaces.Discrete,
+    "sac": spaces.Box,
+    "td3": spaces.Box,
+    "ddpg": spaces.Box,
+}
 
 
 def train(
@@ -49,7 +57,8 @@ def train(
     Args:
         env: recipe with noise and horizon, or anything `EnvRecipe.of` takes.
         out: run directory; must not hold another model.
-        algo: "ppo", "a2c", "dqn", "sac", "td3", "ddpg" or "recurrent_ppo".
+        algo: "ppo", "a2c", "dqn", "sac", "td3", "ddpg", "recurrent_ppo", or against attackers of the observations "sa_ppo" or "sa_dqn"
+            (`robustrl.training.robust`).
         timesteps: environment steps; default the preset's.
         seed: of weights, environments and noise.
         n_envs: environments side by side; default the preset's, or 1.
@@ -67,8 +76,8 @@ def train(
     """
     from stable_baselines3.common.logger import configure
 
-    recipe = EnvRecipe.of(env)
-    kind, folder = algorithm_class(algo), Path(out)
+    recipe, algo = EnvRecipe.of(env), algorithm_name(algo)
+    kind, folder = _learner(algo), Path(out)
     if (folder / "model.zip").exists():
         raise FileExistsError(f"{folder} already holds a model; choose another --out, or delete it")
     wanted = ACTIONS.get(algo)
@@ -76,7 +85,9 @@ def train(
         raise ValueError(f"{algo} needs a {wanted.__name__} action space, but {recipe.label} takes {recipe.action_space}")
     preset = preset_for(recipe.env_id)
     steps = check_count("timesteps", preset.timesteps if timesteps is None else timesteps)
-    arguments = {**getattr(preset, algo), **(hyperparameters or {})}
+    arguments = {**preset.arguments(algo), **(hyperparameters or {})}
+    if algo not in ACTING_AS and ROBUST & arguments.keys():
+        raise ValueError(f"{', '.join(sorted(ROBUST & arguments.keys()))} belong to sa_ppo and sa_dqn, got algo {algo}")
     written = copy.deepcopy(arguments)  # SB3 writes into the policy_kwargs that it is given
     side_by_side = preset.env.get("n_envs", 1) if n_envs is None else n_envs
     learns = recipe.normalization is None and (preset.normalize if normalize is None else normalize)
@@ -101,6 +112,14 @@ def train(
     save_model(model, folder / "model.zip")  # last: a folder with a model is complete
     venv.close()
     return model
+
+
+def _learner(algo: str) -> Any:
+    if algo not in ACTING_AS:
+        return algorithm_class(algo)
+    from robustrl.training import robust
+
+    return {"sa_ppo": robust.SAPPO, "sa_dqn": robust.SADQN}[algo]
 
 
 def policy_for(space: spaces.Space[Any], algo: str) -> tuple[str, dict[str, Any]]:

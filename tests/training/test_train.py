@@ -25,6 +25,7 @@ from robustrl.policy import PolicyView
 from robustrl.policy.loading import load_model
 from robustrl.training import train as train_module
 from robustrl.training.presets import Preset, preset_for
+from robustrl.training.robust import SADQN, SAPPO
 from robustrl.training.run_files import RunInfo
 from robustrl.training.train import train
 
@@ -131,7 +132,11 @@ def test_an_environment_from_a_factory_is_named_and_must_be_given_again(tmp_path
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"algo": "trpo"}, ValueError, "algo must be one of ppo, a2c, dqn, sac, td3, ddpg, recurrent_ppo, got 'trpo'"),
+        (
+            {"algo": "trpo"},
+            ValueError,
+            "algo must be one of ppo, a2c, dqn, sac, td3, ddpg, recurrent_ppo, sa_ppo, sa_dqn, got 'trpo'",
+        ),
         ({"algo": "sac"}, ValueError, r"sac needs a Box action space, but CartPole-v1 takes Discrete\(2\)"),
         ({"algo": "dqn", "env": "Pendulum-v1"}, ValueError, "dqn needs a Discrete action space"),
         ({"timesteps": 0}, ValueError, "timesteps must be an integer >= 1, got 0"),
@@ -140,6 +145,13 @@ def test_an_environment_from_a_factory_is_named_and_must_be_given_again(tmp_path
         ({"seed": -1}, ValueError, "seed must be an integer >= 0, got -1"),
         ({"seed": None}, TypeError, "seed must be an integer >= 0"),
         ({"hyperparameters": {"n_steps": 8, "wings": 2}}, TypeError, "wings"),
+        ({"algo": "sa-dqn", "env": "Pendulum-v1"}, ValueError, "sa_dqn needs a Discrete action space"),
+        (
+            {"hyperparameters": {"epsilon": 0.1, "kappa": 1}},
+            ValueError,
+            "epsilon, kappa belong to sa_ppo and sa_dqn, got algo ppo",
+        ),
+        ({"algo": "sa-ppo", "hyperparameters": {"kappa": -1}}, ValueError, "kappa must be a finite number >= 0"),
         ({"env": "Nothing-v0"}, ValueError, "unknown environment id"),
         ({"env": EnvRecipe(factory=lambda: Steps(3), noise=Gaussian(0.1))}, ChainError, "no finite horizon"),
     ],
@@ -150,6 +162,24 @@ def test_bad_arguments_are_refused_before_anything_is_written(
     with pytest.raises(error, match=message):
         quick(tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("algo", "kind", "plain"), [("sa-ppo", SAPPO, PPO), ("sa_dqn", SADQN, DQN)])
+def test_robust_algorithms_are_trained_by_name_and_loaded_as_plain_ones(
+    tmp_path: Path, algo: str, kind: Any, plain: Any
+) -> None:
+    name = algo.replace("-", "_")
+    settings = {**QUICK[name.removeprefix("sa_")], "epsilon": 0.05, "kappa": 0.2, "norm": "2", "loss": "ibp"}
+    model = quick(tmp_path / "run", algo, hyperparameters=settings)
+    assert type(model) is kind
+    assert (model.epsilon, model.kappa, model.norm, model.loss) == (0.05, 0.2, "2", "ibp")
+    run = RunInfo.load(tmp_path / "run")
+    assert run.algo == name
+    assert run.hyperparameters.items() >= {"epsilon": 0.05, "kappa": 0.2, "norm": "2", "loss": "ibp"}.items()
+    loaded = load_agent(tmp_path / "run")
+    assert type(loaded) is plain
+    assert type(load_model(tmp_path / "run" / "model.zip", algo=algo)) is plain
+    assert PolicyView.of(loaded).fingerprint() == PolicyView.of(model).fingerprint()
 
 
 @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
@@ -165,6 +195,12 @@ def test_presets_are_arguments_that_sb3_takes_and_cannot_change() -> None:
     assert repr(presets.cartpole) == before
     with pytest.raises(TypeError):
         presets.cartpole.ppo["n_steps"] = 1  # type: ignore[index]
+
+
+def test_presets_of_robust_algorithms_come_on_top_of_the_plain_ones() -> None:
+    assert presets.mujoco.arguments("sa_ppo") == {**presets.mujoco.ppo, "epsilon": 0.075, "kappa": 0.1}
+    assert presets.cartpole.arguments("sa_dqn") == {**presets.cartpole.dqn, **presets.cartpole.sa_dqn}
+    assert presets.cartpole.arguments("ppo") == dict(presets.cartpole.ppo)
 
 
 def test_presets_belong_to_environments() -> None:
