@@ -5,6 +5,7 @@ A wrapper has one name for its three hosts: `NoiseObservation` here wraps a `gym
 `add_noise(env, noise)` picks the host. So do `AttackObservation` (`VecAttack` for SB3) and `add_attack(env, attack, threat)`.
 """
 
+from robustrl.envs.adversary import AdversaryEnv, AdversaryVecEnv
 from robustrl.envs.bounds import known_return_bounds
 from robustrl.envs.chain import Chain, check_chain
 from robustrl.envs.hosts import add_attack, add_noise
@@ -13,6 +14,8 @@ from robustrl.envs.recipe import EnvRecipe, make_vec_env
 from robustrl.envs.single import AttackObservation, NoiseObservation
 
 __all__ = [
+    "AdversaryEnv",
+    "AdversaryVecEnv",
     "AttackObservation",
     "Chain",
     "EnvRecipe",
