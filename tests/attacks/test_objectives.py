@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,18 @@ from torch import nn
 from torch.distributions import Categorical, Normal, kl_divergence
 
 from attacks.victims import LinearQ, Matrix, actor, context, frames_of, linear
-from robustrl.attacks import ActionDeviation, LowValue, Margin, Objective
+from robustrl.attacks import (
+    ActionDeviation,
+    CrossEntropy,
+    Flips,
+    LowValue,
+    Margin,
+    MinProbability,
+    Objective,
+    Targeted,
+    Weighted,
+)
+from robustrl.attacks.objectives import GreedyValue, TowardsWorst
 from robustrl.noise import Gaussian
 from robustrl.policy import PolicyView
 
@@ -246,3 +258,159 @@ def test_unlikely_actions_make_no_infinite_divergence() -> None:
     assert bool(torch.isfinite(value).all())
     assert float(value.max()) > 1e3
     assert math.isfinite(float(gain(ActionDeviation(), view, CLEAN).abs().max()))
+
+
+def q_policy() -> PolicyView:
+    return policy("q", 3)
+
+
+def by_hand(view: PolicyView, x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Logits (n, draws, actions): action values in units of their spread on the clean frames."""
+    scores = scores_under(view, x, noise).transpose(0, 1)
+    if view.kind == "q":
+        scores = scores / scores_under(view, CLEAN, noise).mean(0).std(-1, unbiased=False)[:, None, None]
+    return scores
+
+
+each_kind = pytest.mark.parametrize("kind", ["logits", "q"])
+
+
+@each_noise
+@each_kind
+def test_cross_entropy_is_that_of_the_clean_action_averaged_over_draws(kind: str, noise: torch.Tensor) -> None:
+    view = policy(kind, 3)
+    best = scores_under(view, CLEAN, noise).mean(0).argmax(-1)
+    logits = by_hand(view, X, noise)
+    expected = torch.stack([nn.functional.cross_entropy(logits[:, j], best, reduction="none") for j in range(len(noise))]).mean(
+        0
+    )
+    torch.testing.assert_close(gain(CrossEntropy(), view, X, noise), expected)
+
+
+@each_noise
+@each_kind
+def test_min_probability_is_the_logarithm_of_the_mean_share_of_votes(kind: str, noise: torch.Tensor) -> None:
+    """-log mean_j softmax(z_j)[a*]: the form of SmoothAdv."""
+    view = policy(kind, 3)
+    best = scores_under(view, CLEAN, noise).mean(0).argmax(-1, keepdim=True)
+    expected = -by_hand(view, X, noise).softmax(-1).mean(1).gather(1, best).squeeze(1).log()
+    torch.testing.assert_close(gain(MinProbability(), view, X, noise), expected)
+
+
+def test_min_probability_of_a_gaussian_policy_is_its_log_density_up_to_a_constant() -> None:
+    view = policy("gaussian", 4)
+    mean, log_std = view.scores(CLEAN).chunk(2, dim=-1)[0], view.scores(X).chunk(2, dim=-1)[1]
+    density = Normal(view.scores(X).chunk(2, dim=-1)[0], log_std.exp()).log_prob(mean).sum(-1)
+    torch.testing.assert_close(gain(MinProbability(), view, X), -density - math.log(2 * math.pi))
+
+
+@each_noise
+def test_a_saturated_critic_still_has_a_cross_entropy_with_a_slope(noise: torch.Tensor) -> None:
+    """Action values in the thousands are one-hot under a softmax; in units of their spread they are not."""
+    view = q_policy()
+    huge = PolicyView.from_torch(Scaled(view.actor, 1e5), kind="q", observation_shape=(4,))
+    for objective in (CrossEntropy(), MinProbability(), TowardsWorst()):
+        torch.testing.assert_close(gain(objective, huge, X, noise), gain(objective, view, X, noise), rtol=1e-4, atol=1e-6)
+
+
+class Scaled(nn.Module):
+    def __init__(self, network: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.network, self.factor = network, factor
+
+    def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        return self.factor * self.network(observation)
+
+
+CRITIC = Double(network(3, seed=9))
+
+
+@each_noise
+@pytest.mark.parametrize("critic", [None, CRITIC], ids=["own", "outside"])
+@each_kind
+def test_targeted_is_the_lead_of_the_action_that_is_worst_in_the_true_state(
+    kind: str, critic: nn.Module | None, noise: torch.Tensor
+) -> None:
+    view = policy(kind, 3)
+    values = scores_under(view, CLEAN, noise).mean(0) if critic is None else critic(CLEAN)
+    worst = values.argmin(-1)
+    scores = scores_under(view, X, noise).mean(0)
+    others = torch.stack([row[torch.arange(3) != int(w)].max() for row, w in zip(scores, worst, strict=True)])
+    expected = scores[torch.arange(20), worst] - others
+    torch.testing.assert_close(gain(Targeted(critic), view, X, noise), expected)
+    towards = by_hand(view, X, noise).log_softmax(-1).mean(1)[torch.arange(20), worst]
+    torch.testing.assert_close(gain(TowardsWorst(critic), view, X, noise), towards)
+
+
+@each_noise
+@each_kind
+def test_a_critic_from_outside_values_actions_in_the_true_state(kind: str, noise: torch.Tensor) -> None:
+    view = policy(kind, 3)
+    values = CRITIC(CLEAN)
+    expected = -(by_hand(view, X, noise).softmax(-1).mean(1) * values).sum(-1)
+    torch.testing.assert_close(gain(LowValue(CRITIC), view, X, noise), expected)
+    votes = scores_under(view, X, noise).argmax(-1).T
+    torch.testing.assert_close(gain(GreedyValue(CRITIC), view, X, noise), -values.gather(1, votes).mean(1))
+
+
+def test_a_critic_of_continuous_actions_from_outside_replaces_the_victims_own() -> None:
+    g = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    own, outside = LinearQ([5.0, 5.0], torch.zeros(4)), LinearQ(g, torch.ones(4))
+    view = actor(frames_of(2, 4, seed=3), q_critic=own)
+    expected = -(view.mean_action(X) @ g + CLEAN.double().sum(1))
+    torch.testing.assert_close(gain(LowValue(outside), view, X), expected)
+    LowValue(outside).check(actor(frames_of(2, 4)))
+    with pytest.raises(TypeError, match="critic must be a torch.nn.Module or None, got str"):
+        LowValue("rs")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"critic must give values \(n, 3\), it gives \(20, 1\)"):
+        gain(LowValue(Matrix([[1.0] * 4])), q_policy(), X)
+
+
+def test_reports_tell_a_critic_from_outside_by_its_weights() -> None:
+    assert LowValue().to_dict() == {"kind": "LowValue"}
+    texts = [LowValue(Double(network(3, seed=seed))).to_dict()["critic"] for seed in (9, 9, 8)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@each_noise
+def test_flips_counts_the_draws_whose_action_is_not_the_usual_one(noise: torch.Tensor) -> None:
+    view = q_policy()
+    usual = torch.stack([row.bincount(minlength=3).argmax() for row in scores_under(view, CLEAN, noise).argmax(-1).T])
+    expected = (scores_under(view, X, noise).argmax(-1) != usual).double().mean(0)
+    torch.testing.assert_close(gain(Flips(), view, X, noise), expected)
+    assert float(gain(Flips(), view, CLEAN, noise).max()) <= 2 / 3  # of 3 actions one has a third of the votes
+    continuous = actor(frames_of(2, 4, seed=3))
+    moved = (continuous.mean_action(X) - continuous.mean_action(CLEAN)).norm(dim=1).float()
+    torch.testing.assert_close(gain(Flips(), continuous, X), moved, check_dtype=False, rtol=1e-5, atol=1e-5)
+
+
+def test_a_weighted_sum_is_robust_sarsa_with_a_deviation() -> None:
+    rho, view = 0.3, q_policy()
+    both = Weighted(((1 - rho, LowValue(CRITIC)), (rho, ActionDeviation())))
+    expected = (1 - rho) * gain(LowValue(CRITIC), view, X) + rho * gain(ActionDeviation(), view, X)
+    torch.testing.assert_close(gain(both, view, X), expected)
+    described = both.to_dict()["terms"]
+    assert described[1] == [rho, {"kind": "ActionDeviation"}]
+    with pytest.raises(ValueError, match="LowValue needs a critic"):
+        Weighted(((1.0, LowValue()),)).check(actor(frames_of(2, 4)))
+
+
+@pytest.mark.parametrize(
+    ("terms", "error", "message"),
+    [
+        ((), ValueError, r"terms must be pairs \(weight, objective\), got none"),
+        (((0.0, Margin()),), ValueError, "weight must be a finite number > 0"),
+        (((1.0, "mad"),), TypeError, "terms must be pairs"),
+        (((1.0, Flips()),), ValueError, "terms must have gradients"),
+    ],
+)
+def test_bad_sums_are_refused(terms: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Weighted(terms)
+
+
+@pytest.mark.parametrize("objective", [CrossEntropy(), Targeted(), TowardsWorst()], ids=lambda o: type(o).__name__)
+def test_objectives_about_discrete_actions_say_so(objective: Objective) -> None:
+    with pytest.raises(ValueError, match=f"{type(objective).__name__} is about discrete actions"):
+        objective.check(actor(frames_of(2, 4)))
+    objective.check(linear())

@@ -12,16 +12,26 @@ from toys import LinearRule, Steps
 
 from attacks.victims import actor, context, cost, frames_of, linear, play
 from robustrl.attacks import (
+    FGSM,
+    ActionDeviation,
     Allocation,
+    Attack,
     AttackContext,
+    Geometric,
     GradientAttack,
     Greedy,
     LowValue,
     Margin,
+    MinProbability,
+    PreferenceThreshold,
+    QGapThreshold,
+    RandomNoise,
     Spread,
+    Square,
     StrategicallyTimed,
     Uniform,
 )
+from robustrl.attacks.timing import preference
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.policy import PolicyView
 from robustrl.rollouts.chunk import run_chunk
@@ -196,5 +206,127 @@ def test_real_episodes_spend_what_the_allocation_says(
     ],
 )  # fmt: skip
 def test_bad_allocations_are_refused(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize("norm", [1, 2])
+def test_geometric_always_spends_the_same_share_of_what_is_left(norm: int) -> None:
+    """Left after t steps: B (1 - share)^t for norm 1, B (1 - share^2)^(t / 2) for norm 2."""
+    charged = spent(Geometric(0.5), ThreatModel(norm=norm, episode=BUDGET))
+    left = BUDGET * (1 - 0.5**norm) ** (np.arange(HORIZON) / norm)
+    np.testing.assert_allclose(charged[:8], 0.5 * left[:8, None].repeat(5, axis=1), rtol=1e-3)
+
+
+def test_without_an_episode_budget_a_share_is_one_of_the_radius() -> None:
+    np.testing.assert_allclose(spent(Geometric(0.5), ThreatModel(norm=math.inf, step=0.2)), 0.1, rtol=1e-4)
+    np.testing.assert_allclose(spent(Geometric(1.0), ThreatModel(norm=2, step=0.2)), 0.2, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"share must be in \(0, 1\], got 1.5"):
+        Geometric(1.5)
+
+
+@pytest.mark.parametrize("allocation", [Uniform(), Spread(3), Greedy(), Geometric(0.3)], ids=lambda a: type(a).__name__)
+def test_episodes_of_norm_0_count_frames_and_frames_count_entries(allocation: Allocation) -> None:
+    """With 2 frames left and 3 entries of each, a step may change 3 entries, not 2 or 3 / sqrt(steps left)."""
+    x = frames_of(4)
+    left = torch.tensor([2.0, 1.0, 7.0, 2.0], dtype=torch.float64)
+    there = context(linear(), x, 3.0, norm=0, remaining=left, steps_left=9, pixels=(-9.0, 9.0))
+    delivered = GradientAttack(Margin(), allocation=allocation).perturb(x, there)
+    assert ((delivered != x).sum(1) == 3).all()
+
+
+def wide(kind: str, n_actions: int = 3) -> PolicyView:
+    torch.manual_seed(0)
+    return PolicyView.from_torch(torch.nn.Linear(4, n_actions), kind=kind, observation_shape=(4,))  # type: ignore[arg-type]
+
+
+TIMED: list[Any] = [
+    lambda when: GradientAttack(MinProbability(), allocation=when, draws=2),
+    lambda when: FGSM(allocation=when),
+    lambda when: Square(allocation=when, queries=10),
+    lambda when: RandomNoise(allocation=when),
+]
+
+
+@pytest.mark.parametrize("make", TIMED)
+@pytest.mark.parametrize("kind", ["logits", "q"])
+def test_a_preference_of_0_is_always_and_above_1_never_bit_for_bit(make: Any, kind: str) -> None:
+    view, x = wide(kind), 3 * frames_of(50)
+    x[0, 0] = -0.0
+
+    def delivered(attack: Attack) -> torch.Tensor:
+        return attack.perturb(x, context(view, x, 0.5)).view(torch.int32)
+
+    always, never = delivered(make(PreferenceThreshold(0.0))), delivered(make(PreferenceThreshold(1.0 + 1e-9)))
+    assert torch.equal(always, delivered(make(Greedy())))
+    assert torch.equal(never, x.view(torch.int32))
+    assert not torch.equal(always, never)
+
+
+@pytest.mark.parametrize("kind", ["logits", "q"])
+def test_only_steps_are_attacked_whose_preference_reaches_the_threshold(kind: str) -> None:
+    """max softmax - min softmax, at temperature 1 for action values too."""
+    view, x = wide(kind), 3 * frames_of(200)
+    shares = view.scores(x).softmax(-1)
+    gap = (shares.amax(-1) - shares.amin(-1)).detach()
+    delivered = FGSM(allocation=PreferenceThreshold(0.6)).perturb(x, context(view, x, 0.5))
+    assert torch.equal((delivered != x).any(1), gap >= 0.6)
+    assert 20 < int((gap >= 0.6).sum()) < 180
+
+
+def test_the_preference_of_a_continuous_policy_is_the_largest_singular_value_of_its_derivative() -> None:
+    weights = frames_of(2, 4, seed=3).double()
+    x = frames_of(5)
+    for std in ((), (0.5, 2.0)):
+        view = actor(weights, std=std)
+        scaled = weights / torch.tensor(std or (1.0, 1.0))[:, None]
+        largest = float(torch.linalg.matrix_norm(scaled, 2))
+        found = preference(context(view, x, 1.0))
+        torch.testing.assert_close(found, torch.full((5,), largest, dtype=torch.float64), rtol=1e-6, atol=0)
+        for least, attacked in ((largest * 0.999, True), (largest * 1.001, False)):
+            attack = GradientAttack(ActionDeviation(), allocation=PreferenceThreshold(least))
+            assert bool((attack.perturb(x, context(view, x, 0.5)) != x).any()) is attacked
+    with torch.no_grad():
+        assert preference(context(actor(weights), x, 1.0)).shape == (5,)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.25, 0.8, 1.0])
+def test_a_calibrated_threshold_attacks_the_share_that_was_asked_for(rate: float) -> None:
+    """On fresh steps within the binomial interval of 4 standard deviations; on the steps themselves exactly."""
+    view, old, fresh = wide("logits"), 3 * frames_of(2000), 3 * frames_of(2000, seed=1)
+    allocation = PreferenceThreshold.calibrated(context(view, old, 1.0), rate, Uniform())
+    assert allocation.allocation == Uniform()
+    shares = [float((preference(context(view, x, 1.0)) >= allocation.least).double().mean()) for x in (old, fresh)]
+    assert shares[0] == pytest.approx(rate, abs=1 / 2000)
+    assert shares[1] == pytest.approx(rate, abs=4 * math.sqrt(2 * max(rate * (1 - rate), 1e-3) / 2000))
+    with pytest.raises(ValueError, match=r"rate must be in \(0, 1\], got 0"):
+        PreferenceThreshold.calibrated(context(view, old, 1.0), 0)
+
+
+def test_the_gap_of_action_values_decides_where_it_should() -> None:
+    view, x = wide("q"), 3 * frames_of(200)
+    values = view.scores(x).detach()
+    gap = values.amax(-1) - values.amin(-1)
+    least = float(gap.median())
+    delivered = FGSM(allocation=QGapThreshold(least)).perturb(x, context(view, x, 0.5))
+    assert torch.equal((delivered != x).any(1), gap >= least)
+    with pytest.raises(ValueError, match="QGapThreshold compares action values, got a policy of kind 'logits'"):
+        FGSM(allocation=QGapThreshold(1.0)).check(wide("logits"), ThreatModel(2, step=1.0), None)
+    with pytest.raises(ValueError, match="got no policy"):
+        RandomNoise(allocation=StrategicallyTimed(1.0, QGapThreshold(1.0))).check(None, ThreatModel(2, step=1.0), None)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: PreferenceThreshold(-0.1), ValueError, "least must be >= 0, got -0.1"),
+        (lambda: PreferenceThreshold(math.nan), ValueError, "least must be"),
+        (lambda: PreferenceThreshold(0.5, "greedy"), TypeError, "allocation must be an allocation"),  # type: ignore[arg-type]
+        (lambda: QGapThreshold(-1.0), ValueError, "gap must be >= 0"),
+        (lambda: QGapThreshold(1.0, Greedy), TypeError, "allocation must be an allocation"),  # type: ignore[arg-type]
+        (lambda: Geometric(0.0), ValueError, "share must be"),
+    ],
+)
+def test_bad_thresholds_are_refused(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
