@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from robustrl.attacks.geometry import per_row, row_norms
+from robustrl.attacks.geometry import NORMS, per_row, row_norms
+from robustrl.threat import RELATIVE_SLACK
 
 Quantise = Callable[[Tensor, Tensor], Tensor]
 """(true frames, attacked frames) -> delivered frames, in whole steps from the true ones."""
@@ -20,13 +21,12 @@ Quantise = Callable[[Tensor, Tensor], Tensor]
 def rounded(frames: Tensor, attacked: Tensor) -> Tensor:
     """Every step rounded towards zero: no norm can grow; (n, *frame) of the dtype of `frames`.
 
-    A step that is short of a whole number by a millionth, as float32 may leave it, counts as whole where that costs no more.
+    Steps that are short of whole numbers by a millionth count as whole where their row costs no more for that.
     """
     delta = attacked.double() - frames.double()
     sizes = delta.abs()
     whole, safe = (sizes + 1e-6).floor(), sizes.floor()
-    fits = (row_norms(whole, math.inf) <= row_norms(sizes, math.inf)) & (row_norms(whole) <= row_norms(sizes))
-    fits &= row_norms(whole, 1) <= row_norms(sizes, 1)
+    fits = torch.stack([row_norms(whole, p) <= row_norms(sizes, p) * (1 + RELATIVE_SLACK) for p in NORMS]).all(0)
     whole = torch.where(per_row(fits, whole).bool(), whole, safe)
     return (frames.double() + delta.sign() * whole).to(frames.dtype)
 
@@ -70,8 +70,8 @@ def spend(
         radius: what the perturbation may cost, float64 (n,).
         norm: 0, 1, 2 or inf.
         scale: of the threat model, (*frame).
-        gradient: of what the attacker wants; entries are moved along it in the order of its size, again and again. Default: each
-            entry once at most, in the order of what rounding has cut off.
+        gradient: of what the attacker wants; entries are moved along it in the order of its size, in turns, until nothing fits.
+            Default: each entry once at most, in the order of what rounding has cut off.
         low: end of the range of an entry.
         high: other end.
     Returns:

@@ -66,7 +66,10 @@ class Square(Attack):
         self.allocation.check(policy)
 
     def answers_per_step(self, noise: Noise | None) -> int:
-        """Answers of the victim that one step of one episode takes: two about the true frame, one per candidate."""
+        """Answers of the victim that one step of one episode takes: two about the true frame, one per candidate.
+
+        For objectives that ask once about the true frame, as all but `LowValue`, and `ActionDeviation` of continuous actions, do.
+        """
         return (self.queries + 2) * (1 if noise is None else self.draws)
 
     def perturb(self, frames: Tensor, context: AttackContext) -> Tensor:
@@ -190,7 +193,7 @@ class NES(GradientAttack):
             raise ValueError("NES needs small steps; threat.norm must be 1, 2 or inf, got 0")
 
     def answers_per_step(self, noise: Noise | None) -> int:
-        """Answers of the victim that one step of one episode takes: two about the true frame, `pairs` per gradient, the iterates."""
+        """Answers that one step of one episode takes: two about the true frame, two per pair, one per iterate; see `Square`."""
         return (2 + self.restarts * (self.steps * (2 * self.pairs + 1) + 1)) * (1 if noise is None else self.draws)
 
     def perturb(self, frames: Tensor, context: AttackContext) -> Tensor:
