@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,16 @@ every_case = pytest.mark.parametrize(("name", "view", "norm"), cases())
 def situation(view: PolicyView, x: torch.Tensor, norm: float, budget: Any = None, **more: Any) -> Any:
     budget = threat_of(norm).step if budget is None else budget
     return context(view, x, budget, noise=Gaussian(0.1), norm=norm, pixels=BOX if norm == 0 else None, **more)
+
+
+def test_the_gallery_has_a_row_for_every_name_with_the_norms_that_it_takes() -> None:
+    page = (Path(__file__).parents[2] / "docs/methods/attacks.md").read_text().split("## Gallery")[1].split("\n\n")[2]
+    rows = {}
+    for line in page.splitlines()[2:]:
+        names, *_, norms, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        rows |= {name: {float(norm) for norm in norms.split(",")} for name in re.findall(r"`(\w+)`", names)}
+    taken = [case.values for case in cases()]
+    assert rows == {name: {norm for other, _, norm in taken if other == name} for name in ATTACKS}
 
 
 def test_every_attack_takes_some_victim_and_says_which_norms_it_takes() -> None:
