@@ -51,7 +51,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "square": Square,
     "decision": partial(Square, Flips()),
     "nes": NES,
-    "spsa": partial(NES, kind="signs"),
+    "spsa": partial(NES, directions="signs"),
     "random": RandomNoise,
     "corner": partial(RandomNoise, "corner"),
     "gaussian": partial(RandomNoise, "gaussian"),

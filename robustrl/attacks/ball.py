@@ -151,7 +151,7 @@ class Ball:
 
     def _ends(self, direction: Tensor) -> Tensor:
         assert self.pixels is not None
-        low, high = (torch.as_tensor(end, dtype=self.centre.dtype, device=self.centre.device) for end in self.pixels)
+        low, high = self.pixels
         return torch.where(direction > 0, high, torch.where(direction < 0, low, self.centre))
 
     def _kept(self, delta: Tensor, gradient: Tensor) -> Tensor:

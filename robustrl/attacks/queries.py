@@ -166,7 +166,7 @@ class NES(GradientAttack):
     Args:
         pairs: of answers per gradient.
         width: s as a share of the radius.
-        kind: "gaussian" directions (natural evolution strategies) or "signs" (SPSA).
+        directions: "gaussian" (natural evolution strategies) or "signs" (SPSA).
         objective, allocation, steps, step_size, restarts, draws, random_start: see `GradientAttack`. `Flips()` as an objective has no
             slope until some noise draws flip: give it a wide `width` or noise.
 
@@ -177,7 +177,7 @@ class NES(GradientAttack):
     steps: int = 4
     pairs: int = 25
     width: float = 0.1
-    kind: Literal["gaussian", "signs"] = "gaussian"
+    directions: Literal["gaussian", "signs"] = "gaussian"
 
     needs_gradients: ClassVar[bool] = False
 
@@ -185,7 +185,7 @@ class NES(GradientAttack):
         super().__post_init__()
         check_count("pairs", self.pairs)
         check_positive("width", self.width)
-        check_choice("kind", self.kind, ("gaussian", "signs"))
+        check_choice("directions", self.directions, ("gaussian", "signs"))
 
     def check(self, policy: PolicyView, threat: ThreatModel, noise: Noise | None) -> None:
         super().check(policy, threat, noise)
@@ -203,7 +203,7 @@ class NES(GradientAttack):
     def _probes(self, context: AttackContext) -> Sequence[Tensor | None]:
         shape = (self.steps, self.pairs, *context.attackable.shape)
         probes = torch.randn(shape, generator=context.generator, device=context.attackable.device) * context.attackable
-        return [None, *(probes.sign() if self.kind == "signs" else probes)]
+        return [None, *(probes.sign() if self.directions == "signs" else probes)]
 
     def _slope(self, ball: Ball, gain: Gain, point: Tensor, probe: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if probe is None:

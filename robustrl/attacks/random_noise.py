@@ -18,7 +18,7 @@ from robustrl.noise import Noise
 from robustrl.policy import PolicyView
 from robustrl.threat import ThreatModel
 
-Kind = Literal["uniform", "corner", "gaussian", "salt-and-pepper"]
+Distribution = Literal["uniform", "corner", "gaussian", "salt-and-pepper"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class RandomNoise(Attack):
     """Random perturbations within the budget, independent between episodes; the policy is not looked at.
 
     Args:
-        kind: "uniform": evenly over the ball; "corner": random signs, as large as allowed; "gaussian": normal entries whose root
+        distribution: "uniform": evenly over the ball; "corner": random signs, as large as allowed; "gaussian": normal entries whose root
             mean square fills the radius, projected into the ball; "salt-and-pepper": random entries at random ends of their range
             (norm 0, and the only kind there beside "uniform").
         allocation: when to spend an episode's budget.
@@ -34,17 +34,17 @@ class RandomNoise(Attack):
 
     needs_policy: ClassVar[bool] = False
 
-    kind: Kind = "uniform"
+    distribution: Distribution = "uniform"
     allocation: Allocation = field(default_factory=Uniform)
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, ("uniform", "corner", "gaussian", "salt-and-pepper"))
+        check_choice("distribution", self.distribution, ("uniform", "corner", "gaussian", "salt-and-pepper"))
         check_allocation("allocation", self.allocation)
 
     def check(self, policy: PolicyView | None, threat: ThreatModel, noise: Noise | None) -> None:
         del noise
-        if self.kind != "uniform" and (self.kind == "salt-and-pepper") != (threat.norm == 0):
-            raise ValueError(f"kind {self.kind!r} does not fit threat.norm = {threat.norm:g}")
+        if self.distribution != "uniform" and (self.distribution == "salt-and-pepper") != (threat.norm == 0):
+            raise ValueError(f"distribution {self.distribution!r} does not fit threat.norm = {threat.norm:g}")
         if math.isinf(min(limit for limit in (threat.step, threat.episode) if limit is not None)):
             raise ValueError(f"RandomNoise needs a finite budget, got step={threat.step}, episode={threat.episode}")
         self.allocation.check(policy)
@@ -56,14 +56,16 @@ class RandomNoise(Attack):
         return torch.where(per_row(ball.radius > 0, frames).bool(), delivered, frames)
 
     def _chosen(self, ball: Ball, uniforms: Tensor) -> Tensor:
-        if self.kind == "uniform":
+        if self.distribution == "uniform":
             return ball.sample(uniforms)
         shape, dtype = (-1, *ball.attackable.shape), ball.centre.dtype
         centred = ((2 * uniforms[:, 1:] - 1).reshape(shape) * ball.attackable).to(dtype)
-        if self.kind == "salt-and-pepper":
+        if self.distribution == "salt-and-pepper":
             return ball.push(centred, ball.radius)
         entries = (
-            centred.sign() if self.kind == "corner" else torch.special.ndtri(uniforms[:, 1:]).reshape(shape) * ball.attackable
+            centred.sign()
+            if self.distribution == "corner"
+            else torch.special.ndtri(uniforms[:, 1:]).reshape(shape) * ball.attackable
         )
         length = ball.attackable.sum().double() ** (0.0 if ball.norm == math.inf else -1 / ball.norm)
         delta = entries * per_row(ball.radius * length, entries)

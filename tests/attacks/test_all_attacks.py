@@ -134,6 +134,7 @@ def test_an_attack_is_a_function_of_its_stream(name: str, view: PolicyView, norm
     one, again = (made(name).perturb(x, situation(view, x, norm)) for _ in range(2))
     assert torch.equal(one, again)
     assert made(name).to_dict() == made(name).to_dict()
+    assert made(name).to_dict()["kind"] == type(made(name)).__name__
 
 
 def spent_by_hand(clean: np.ndarray, delivered: np.ndarray, norm: float, scale: Any) -> np.ndarray:

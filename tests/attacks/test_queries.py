@@ -120,12 +120,12 @@ def test_the_number_of_answers_is_exact(attack: Any, noise: Any) -> None:
 
 
 @each_norm
-@pytest.mark.parametrize("kind", ["gaussian", "signs"])
-def test_estimated_gradients_drop_a_linear_margin_nearly_as_far_as_true_ones(norm: float, kind: Any) -> None:
+@pytest.mark.parametrize("directions", ["gaussian", "signs"])
+def test_estimated_gradients_drop_a_linear_margin_nearly_as_far_as_true_ones(norm: float, directions: Any) -> None:
     view, _ = boxed(WEIGHTS)
     x = 20 * frames_of(20)
     x = x[(x.double() @ WEIGHTS).abs() > 10]
-    attack = NES(kind=kind, steps=10, pairs=50, random_start=False)
+    attack = NES(directions=directions, steps=10, pairs=50, random_start=False)
     delivered = attack.perturb(x, context(view, x, 0.5, norm=norm))
     largest = 0.5 * float(torch.linalg.vector_norm(WEIGHTS, {1: math.inf, 2: 2.0, math.inf: 1.0}[norm]))
     drop = (x.double() @ WEIGHTS).abs() - (delivered.double() @ WEIGHTS).abs()
@@ -230,7 +230,7 @@ def test_snooping_attacks_the_imitation_and_hits_the_victim() -> None:
         (lambda: Square(allocation="all"), TypeError, "allocation must be an allocation"),
         (lambda: NES(pairs=0), ValueError, "pairs must be"),
         (lambda: NES(width=0.0), ValueError, "width must be a finite number > 0"),
-        (lambda: NES(kind="uniform"), ValueError, "kind must be one of"),
+        (lambda: NES(directions="uniform"), ValueError, "directions must be one of"),
         (lambda: Transfer(network_balancer().actor, Square()), TypeError, "surrogate must be a PolicyView"),
         (lambda: Transfer(network_balancer(), Margin()), TypeError, "attack must be a robustrl attack"),
     ],

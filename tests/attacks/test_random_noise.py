@@ -88,8 +88,8 @@ def test_it_looks_at_no_policy() -> None:
 @pytest.mark.parametrize(
     ("attack", "threat", "message"),
     [
-        (RandomNoise("corner"), ThreatModel(0, step=2), "kind 'corner' does not fit threat.norm = 0"),
-        (RandomNoise("salt-and-pepper"), ThreatModel(2, step=2), "kind 'salt-and-pepper' does not fit threat.norm = 2"),
+        (RandomNoise("corner"), ThreatModel(0, step=2), "distribution 'corner' does not fit threat.norm = 0"),
+        (RandomNoise("salt-and-pepper"), ThreatModel(2, step=2), "distribution 'salt-and-pepper' does not fit threat.norm = 2"),
         (RandomNoise(), ThreatModel(2, step=math.inf), "RandomNoise needs a finite budget"),
     ],
 )
@@ -99,5 +99,5 @@ def test_threats_that_it_cannot_serve_are_refused(attack: RandomNoise, threat: T
 
 
 def test_other_kinds_are_refused() -> None:
-    with pytest.raises(ValueError, match="kind must be one of 'uniform'"):
+    with pytest.raises(ValueError, match="distribution must be one of 'uniform'"):
         RandomNoise(cast(Any, "pink"))
