@@ -145,6 +145,22 @@ def test_bounds_hold_against_cancellation_in_float32(seed: int) -> None:
     assert (low <= exact).all() and (exact <= high).all()  # noqa: PT018
 
 
+@pytest.mark.parametrize("part", [0.6, 0.4])
+def test_bounds_hold_where_every_addition_rounds_the_same_way(part: float) -> None:
+    """1, and 1023 terms of 0.6 (0.4) units in its last place: added one by one each counts as a whole unit (as nothing)."""
+    layer = nn.Linear(1024, 1)
+    nn.init.ones_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    x = torch.full((1, 1024), part * 2.0**-23)
+    x[0, 0] = 1.0
+    found = torch.ones(())
+    for term in x[0, 1:]:
+        found = found + term
+    assert found.item() == pytest.approx(1 + (1023 * 2.0**-23 if part > 0.5 else 0.0), rel=1e-9)
+    low, high = ball_bounds(layer, x, 0.0)
+    assert low.item() <= found.item() <= high.item()
+
+
 def test_differences_of_outputs_are_exact_for_one_layer_and_hold_for_many() -> None:
     layer, x = mlp(5, 3), torch.randn(2, 5)
     weight = layer[0].weight

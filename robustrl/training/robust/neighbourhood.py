@@ -159,9 +159,6 @@ class Measure(Protocol):
     def over(self, region: Region) -> Tensor:
         """An upper bound for all scores of a region; (n,)."""
 
-    def detached(self) -> Measure:
-        """Without gradients of its own."""
-
 
 class Solver(ABC):
     """Finds or bounds the largest measure in a neighbourhood."""
@@ -200,7 +197,7 @@ class Ascent(Solver):
     def largest(
         self, policy: PolicyView, observations: Tensor, measure: Measure, around: Neighbourhood, generator: torch.Generator
     ) -> Tensor:
-        return measure.at(policy.scores(self.find(policy, observations, measure.detached(), around, generator)))
+        return measure.at(policy.scores(self.find(policy, observations, measure, around, generator)))
 
     def find(
         self, policy: PolicyView, observations: Tensor, measure: Measure, around: Neighbourhood, generator: torch.Generator

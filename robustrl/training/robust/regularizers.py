@@ -111,9 +111,6 @@ class Divergence(Measure):
         clean, lowest = self.clean.log_softmax(-1), -region.differences().high.logsumexp(-1)
         return (clean.exp() * (clean - lowest)).sum(-1)
 
-    def detached(self) -> Divergence:
-        return Divergence(self.clean.detach())
-
 
 @dataclass(frozen=True)
 class Distance(Measure):
@@ -133,9 +130,6 @@ class Distance(Measure):
         low, high = (end.chunk(2, dim=-1)[0] for end in (box.low, box.high))
         return self._cost(torch.maximum(mean - low, high - mean))
 
-    def detached(self) -> Distance:
-        return Distance(self.clean.detach())
-
 
 @dataclass(frozen=True)
 class Lead(Measure):
@@ -152,9 +146,6 @@ class Lead(Measure):
         over_best = region.differences().high[torch.arange(len(best), device=best.device), best[:, 0]]
         return over_best.scatter(-1, best, -torch.inf).amax(-1)
 
-    def detached(self) -> Lead:
-        return Lead(self.clean.detach())
-
 
 MEASURES: dict[str, Callable[[Tensor], Measure]] = {"logits": Divergence, "gaussian": Distance, "q": Lead}
 
@@ -163,8 +154,9 @@ MEASURES: dict[str, Callable[[Tensor], Measure]] = {"logits": Divergence, "gauss
 class Margin(Regularizer):
     """CAMP's margin loss: a larger gap between the two best actions, which is what a smoothed agent's certificate lives on.
 
-    mean(eta - (Q_1 - Q_2)) over observations on which the greedy action is the target network's and the gap at most eta;
-    eta, the difference of the batch's largest and smallest value, is a constant here. The neighbourhood does not matter.
+    mean(eta - (Q_1 - Q_2)) over observations on which the greedy action is the target network's; eta, the difference of the batch's
+    largest and smallest value, is a constant here. (The paper counts gaps up to eta, which are all.) The neighbourhood does not
+    matter.
 
     Source: "CAMP in the Odyssey: Provably Robust Reinforcement Learning with Certified Radius Maximization" (USENIX Security 2025),
         arXiv:2501.17667; its code adds the term with a weight of 0.5 to 16, 1 by default.
@@ -176,11 +168,10 @@ class Margin(Regularizer):
         scores = policy.scores(batch.observations)
         eta = (scores.amax() - scores.amin()).detach()
         best, second = scores.topk(2, dim=-1).values.unbind(-1)
-        gap = best - second
-        counted = gap <= eta
+        counted = torch.ones_like(best)
         if batch.target is not None:
-            counted &= scores.argmax(-1) == batch.target().argmax(-1)
-        return torch.where(counted, eta - gap, 0.0).sum() / counted.sum().clamp_min(1)
+            counted = (scores.argmax(-1) == batch.target().argmax(-1)).to(scores)
+        return (counted * (eta - (best - second))).sum() / counted.sum().clamp_min(1)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import Tensor
@@ -27,6 +29,8 @@ from robustrl.training.robust import (
     Regularizer,
     StateAdversarial,
 )
+
+from .blank import Blank
 
 PPO_QUICK: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_epochs": 2, "seed": 3, "device": "cpu"}
 DQN_QUICK: dict[str, Any] = {"learning_starts": 50, "batch_size": 16, "target_update_interval": 40, "seed": 3, "device": "cpu"}
@@ -136,6 +140,16 @@ def test_minibatches_are_what_the_learner_stores_and_the_policy_is_in_evaluation
     assert not {"get", "sample"} & (vars(getattr(model, "rollout_buffer", model)).keys() | vars(model).keys())
 
 
+def test_a_threat_model_behind_a_vec_normalize_is_in_normalised_units() -> None:
+    def learner(**threat: Any) -> SAPPO:
+        venv = VecNormalize(DummyVecEnv([lambda: gym.make("CartPole-v1")]))
+        return SAPPO("MlpPolicy", venv, epsilon=rrl.ThreatModel(norm=2, step=0.3, **threat), **PPO_QUICK)
+
+    assert learner(units="normalized")._prepared().around.radius == 0.3
+    with pytest.raises(ValueError, match="epsilon is in units 'raw', but the learner's observations are in units 'normalized'"):
+        learner()
+
+
 def test_ppos_minibatch_has_advantages_as_the_loss_has_them() -> None:
     model = SAPPO("MlpPolicy", "CartPole-v1", loss=Searching(), **PPO_QUICK).learn(64)
     batch = model._minibatch
@@ -178,6 +192,21 @@ def test_every_loss_trains_under_every_norm(kind: Any, env: str, norm: str, loss
     model.learn(128)
     assert torch.isfinite(weights(model)).all()
     assert not torch.equal(weights(model), before)
+
+
+@pytest.mark.parametrize("loss", ["pgd", "ibp"])
+@pytest.mark.parametrize("kind", [SAPPO, SADQN])
+def test_pictures_are_trained_on_in_grey_levels(kind: Any, loss: str) -> None:
+    env = Blank(spaces.Box(0, 255, (36, 36, 1), np.uint8), spaces.Discrete(2))
+    options = {"n_steps": 16, "batch_size": 8, "n_epochs": 1} if kind is SAPPO else {"learning_starts": 8, "buffer_size": 20}
+    threat = rrl.ThreatModel(norm=math.inf, step=1 / 255, units="unit01")
+    model = kind("CnnPolicy", env, epsilon=threat, loss=loss, epsilon_schedule="constant", device="cpu", seed=0, **options)
+    model.learn(16)
+    assert model.logger.name_to_value["train/epsilon"] == pytest.approx(1.0)
+    assert model._minibatch is not None
+    assert model._minibatch.observations.dtype == torch.float32
+    assert model._minibatch.observations.max() > 200
+    assert math.isfinite(model.logger.name_to_value["train/robust_loss"])
 
 
 def test_a_term_that_trains_gets_smaller() -> None:

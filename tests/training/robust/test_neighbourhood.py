@@ -144,6 +144,32 @@ def test_pixels_stay_in_their_range() -> None:
     assert (found >= box.low).all()
 
 
+def test_a_radius_is_not_spent_on_pixels_that_have_reached_their_end() -> None:
+    """Norm 2, a linear lead that rises with every pixel, half of which are white: all of the radius goes to the others."""
+    near = Neighbourhood(2, 10.0, torch.ones(1, 6, 6), (0.0, 255.0))
+    network = nn.Sequential(nn.Flatten(), nn.Linear(36, 2))
+    with torch.no_grad():
+        network[1].weight.copy_(torch.stack((torch.zeros(36), torch.ones(36))))
+        network[1].bias.copy_(torch.tensor([1e5, 0.0]))
+    policy = PolicyView.from_torch(network, kind="q", observation_shape=(1, 6, 6))
+    x = torch.full((2, 1, 6, 6), 100.0)
+    x[:, :, :3] = 255.0
+    found = Ascent(20).find(policy, x, Lead(policy.scores(x).detach()), near, generator())
+    assert ((found - x).flatten(1).sum(1) >= 0.98 * 10 * math.sqrt(18)).all()
+
+
+def test_a_temperature_is_noise_on_the_gradient() -> None:
+    policy, x = linear(3), torch.randn(6, 3)
+    measure = Divergence(policy.scores(x).detach())
+    cold, again, warm, hot = (
+        Ascent(rate=1.0, temperature=t).find(policy, x, measure, around(0.3), generator()) for t in (0.0, 0.0, 1e-9, 1e6)
+    )
+    assert torch.equal(cold, again)
+    assert not torch.equal(cold, warm) or not torch.equal(cold, hot)
+    gains = [measure.at(policy.scores(found)).mean() for found in (cold, hot)]
+    assert gains[1] < gains[0]  # a random walk
+
+
 @pytest.mark.parametrize(
     ("threat", "space", "normalized", "radius"),
     [

@@ -138,7 +138,7 @@ def test_the_search_draws_from_its_own_generator() -> None:
 
 
 def test_the_margin_loss_is_camps() -> None:
-    """Rows: gap 1 (counted), gap 4 (eta is 3.5: not), gap 0.5 but another greedy action of the target."""
+    """Rows: gaps of 1, 2.5 and 0.5; in the third row the target network prefers another action."""
     scores = torch.tensor([[0.0, 1.0], [0.5, 3.0], [2.5, 3.0]])
     policy = PolicyView.from_torch(nn.Identity(), kind="q", observation_shape=(2,))
     target = torch.tensor([[0.0, 9.0], [0.0, 9.0], [9.0, 0.0]])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -16,19 +15,7 @@ from robustrl.networks.bounds import ball_bounds, interval_bounds
 from robustrl.policy import Normalization, PolicyView
 from robustrl.training.robust.views import view_of
 
-
-class Blank(gym.Env[Any, Any]):
-    """An environment of given spaces in which nothing happens."""
-
-    def __init__(self, observations: spaces.Space[Any], actions: spaces.Space[Any]) -> None:
-        self.observation_space, self.action_space = observations, actions
-
-    def reset(self, **_: Any) -> Any:
-        return self.observation_space.sample(), {}
-
-    def step(self, action: Any) -> Any:
-        return self.observation_space.sample(), 0.0, False, False, {}
-
+from .blank import Blank
 
 VECTOR = spaces.Box(-2, 2, (5,), np.float32)
 PIXELS = spaces.Box(0, 255, (2, 36, 36), np.uint8)
