@@ -8,7 +8,7 @@ A wrapper has one name for its three hosts: `NoiseObservation` here wraps a `gym
 from robustrl.envs.adversary import AdversaryEnv, AdversaryVecEnv
 from robustrl.envs.bounds import known_return_bounds
 from robustrl.envs.chain import Chain, check_chain
-from robustrl.envs.hosts import add_attack, add_noise
+from robustrl.envs.hosts import add_attack, add_noise, set_victim
 from robustrl.envs.quantise import QuantiseObservation
 from robustrl.envs.recipe import EnvRecipe, make_vec_env
 from robustrl.envs.single import AttackObservation, NoiseObservation
@@ -26,4 +26,5 @@ __all__ = [
     "check_chain",
     "known_return_bounds",
     "make_vec_env",
+    "set_victim",
 ]

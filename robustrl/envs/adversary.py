@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, SupportsFloat
 
 import gymnasium as gym
@@ -22,7 +22,7 @@ from robustrl.attacks.timing import Allocation, Uniform
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.envs.units import in_frame_units
 from robustrl.errors import check_count
-from robustrl.policy import push_frame, start_stack
+from robustrl.policy import Normalization, push_frame, start_stack
 from robustrl.seeding import torch_generator
 from robustrl.threat import ThreatModel
 
@@ -195,6 +195,10 @@ class AdversaryVecEnv(VecEnvWrapper):
     def attack(self, adversary: Any) -> LearnedAttack:
         """The attack of a trained adversary, for `attack_policy` and the attack wrappers."""
         return LearnedAttack(adversary=adversary, **self.settings)
+
+    def renormalize(self, normalization: Normalization | None) -> None:
+        """Go on with another normalisation of the frames: that of a victim that still learns."""
+        self._duel.recipe = replace(self._duel.recipe, normalization=normalization)
 
     def seed(self, seed: int | None = None) -> Any:
         """Seed environments, attacker and victims."""

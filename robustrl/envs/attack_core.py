@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from robustrl.attacks.attacker import Attacker, rounded
 from robustrl.attacks.base import Attack
@@ -17,7 +18,7 @@ from robustrl.envs.chain import check_replay, find_horizon, layers_of
 from robustrl.envs.joint import as_batch, first_row, join, joint_box, split
 from robustrl.errors import ChainError, check_choice
 from robustrl.noise import Noise
-from robustrl.policy import Padding, PolicyView
+from robustrl.policy import Normalization, Padding, PolicyView
 from robustrl.seeding import torch_generator
 from robustrl.threat import ThreatModel
 
@@ -38,6 +39,7 @@ class AttackCore:
         victim: the policy that acts on the observations, a model or a `PolicyView`; may be set later.
         noise: what is added to the observations outside, which the attacker averages over.
         frame_stack, stack_padding: how frames are stacked outside.
+        normalization: frozen normalisation outside.
         horizon: most steps of an episode; default the chain's time limit.
         bounds: "expand" makes a float space large enough for what is delivered, "clip" keeps observations inside it.
         delivery: how bytes are delivered: "float" (the space becomes float32) or "round" (whole grey levels, towards the true ones).
@@ -57,6 +59,7 @@ class AttackCore:
         noise: Noise | None = None,
         frame_stack: int = 1,
         stack_padding: Padding = "reset",
+        normalization: Normalization | None = None,
         horizon: int | None = None,
         bounds: Literal["expand", "clip"] = "expand",
         delivery: Delivery = "float",
@@ -69,8 +72,9 @@ class AttackCore:
             raise TypeError(f"threat must be a ThreatModel, got {threat!r}")
         if not isinstance(space, spaces.Box | spaces.Dict):
             raise TypeError(f"an attack needs a Box observation space or a Dict of them, got {space}: nothing there has a norm")
-        self.inner, self.n_slots, self.attack, self.noise = space, n_slots, attack, noise
+        self._env, self.inner, self.n_slots, self.attack, self.noise = env, space, n_slots, attack, noise
         self.frame_stack, self.stack_padding, self.record_clean = frame_stack, stack_padding, record_clean
+        self.normalization = normalization
         check_choice("bounds", bounds, ("expand", "clip"))
         self.delivery = check_choice("delivery", delivery, ("float", "round"))
         box = joint_box(space)
@@ -112,10 +116,23 @@ class AttackCore:
             check_replay(env)
         box = joint_box(self.inner)
         frame_space = self.inner if isinstance(self.inner, spaces.Dict) else box
-        self._victim = PolicyView.of(victim, n_frames=self.frame_stack, frame_space=frame_space)
+        live = victim.get_vec_normalize_env() if hasattr(victim, "get_vec_normalize_env") else None
+        seen = self.normalization if live is None or not live.norm_obs else Normalization.of(live)
+        view = PolicyView.of(victim, n_frames=self.frame_stack, frame_space=frame_space, normalization=seen)
+        if self.normalization is not None:
+            view = view.after(self.normalization)
+        elif seen is not None and not _holds(self._env, live):
+            view = view.denoised(_Learning(live))
+        self._victim = view
         if self._victim.frame_shape != box.shape:
             raise ValueError(f"victim takes frames of shape {self._victim.frame_shape}, but the attack's are {box.shape}")
         self._start()
+
+    def use(self, attack: Attack) -> None:
+        """Go on with another attack, from the next reset of every environment's ledger on."""
+        self.attack = attack
+        if self._victim is not None or not attack.needs_policy:
+            self._start()
 
     def _start(self) -> None:
         self.attacker = Attacker(
@@ -194,6 +211,28 @@ class AttackCore:
             low, high = space.low - np.float64(room), space.high + np.float64(room)
             dtype: Any = space.dtype
             return spaces.Box(np.nextafter(low.astype(dtype), -np.inf), np.nextafter(high.astype(dtype), np.inf), dtype=dtype)
+
+
+class _Learning(nn.Module):
+    """What a VecNormalize outside makes of observations, as it is at the time."""
+
+    def __init__(self, normalizer: Any) -> None:
+        super().__init__()
+        self._normalizer = [normalizer]
+
+    def forward(self, observations: Tensor) -> Tensor:
+        (outside,) = self._normalizer
+        mean, variance = (torch.as_tensor(part).to(observations) for part in (outside.obs_rms.mean, outside.obs_rms.var))
+        scaled = (observations - mean) / torch.sqrt(variance + outside.epsilon)
+        return scaled.clamp(-outside.clip_obs, outside.clip_obs)
+
+
+def _holds(env: Any, wrapper: Any) -> bool:
+    """Whether a wrapper is inside a chain."""
+    try:
+        return any(layer.env is wrapper for layer in layers_of(env))
+    except ChainError:
+        return False
 
 
 def _horizon(env: Any) -> int | None:

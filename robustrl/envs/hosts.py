@@ -58,3 +58,30 @@ def _host(env: Any, alone: Any, vectorised: Any, sb3: Any) -> Any:
         if isinstance(env, kind):
             return host
     raise TypeError(f"env must be a gymnasium Env or VectorEnv or an SB3 VecEnv, got {type(env).__name__}")
+
+
+def attack_host(env: Any) -> Any:
+    """The `AttackObservation` or `VecAttack` of a chain.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    from robustrl.envs.chain import layers_of
+
+    host = next((layer.env for layer in layers_of(env) if layer.role == "attack"), None)
+    if host is None:
+        raise ValueError("env has no attack in its chain: wrap it with add_attack, or pass attack= and threat= to make_vec_env")
+    return host
+
+
+def set_victim(env: Any, model: Any) -> None:
+    """Tell the attack in a chain who acts on what it delivers: a model that may still learn, or a `PolicyView`.
+
+    Args:
+        env: the outermost wrapper.
+        model: who acts.
+    Raises:
+        ValueError: if there is no attack in the chain.
+        ChainError: if an off-policy learner would store clean observations.
+    """
+    attack_host(env).core.attach(model, env)

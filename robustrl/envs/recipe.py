@@ -17,6 +17,7 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
+from robustrl.attacks.base import Attack
 from robustrl.envs.chain import check_chain, check_order, find_horizon
 from robustrl.envs.core import NoiseCore
 from robustrl.envs.joint import joint_box
@@ -24,6 +25,7 @@ from robustrl.envs.single import NoiseObservation, RewardProbe
 from robustrl.errors import ChainError, check_choice, check_count
 from robustrl.noise import Noise, noise_from_dict
 from robustrl.policy import Normalization, Padding, PolicyView
+from robustrl.threat import ThreatModel
 
 NormalizePlace = Literal["before_noise", "after_noise"]
 
@@ -383,11 +385,13 @@ def make_vec_env(
     env_kwargs: Mapping[str, Any] | None = None,
     wrapper_class: Callable[[gym.Env[Any, Any]], gym.Env[Any, Any]] | None = None,
     vec_env_cls: Any = None,
+    attack: Attack | None = None,
+    threat: ThreatModel | None = None,
 ) -> Any:
     """An SB3 vector environment with noise and frame stack in the order that the certificate needs.
 
-    SB3's `make_vec_env` with three more arguments; the chain is environment -> Monitor -> wrappers -> noise -> frame stack.
-    The result carries its `EnvRecipe` as `.recipe`, so `certify_policy(model, env)` needs nothing else.
+    SB3's `make_vec_env` with a few more arguments; the chain is environment -> Monitor -> wrappers -> normalisation -> attack -> noise ->
+    frame stack. The result carries its `EnvRecipe` as `.recipe`, so `certify_policy(model, env)` needs nothing else.
 
     Args:
         env_id: anything `EnvRecipe.of` takes: id, EnvSpec, factory, recipe.
@@ -401,6 +405,8 @@ def make_vec_env(
         env_kwargs: keyword arguments of `gymnasium.make`.
         wrapper_class: wrapper applied to each environment, inside the noise.
         vec_env_cls: SB3 class to use; default `DummyVecEnv`.
+        attack, threat: an attacker of every observation and its budget, for adversarial training; tell it who acts by
+            `set_victim(env, model)`. The recipe, and with it any certificate, is that of the environment without it.
     Raises:
         ChainError: if the chain breaks the proof.
         ValueError: for an unknown id or bad numbers.
@@ -424,7 +430,7 @@ def make_vec_env(
         raise TypeError(f"{recipe.label}: Stable-Baselines3 cannot act in {recipe.action_space}")
     venv: Any = (vec_env_cls or DummyVecEnv)([lambda: recipe.base_env(inner=Monitor, flat=False)] * n_envs)
     inspectable = isinstance(venv, DummyVecEnv)  # others ran the recipe's own check above, on an environment in this process
-    venv = wrap_vec_env(venv, recipe)
+    venv = wrap_vec_env(venv, recipe, attack, threat)
     if seed is not None:
         venv.seed(seed)
         venv.action_space.seed(seed)
@@ -435,13 +441,30 @@ def make_vec_env(
     return venv
 
 
-def wrap_vec_env(venv: Any, recipe: EnvRecipe) -> Any:
-    """An SB3 vector environment inside the recipe's normalisation, noise and frame stack, in the order of the proof."""
+def wrap_vec_env(venv: Any, recipe: EnvRecipe, attack: Attack | None = None, threat: ThreatModel | None = None) -> Any:
+    """An SB3 vector environment inside the recipe's normalisation, noise and frame stack, in the order of the proof.
+
+    Args:
+        venv: without them.
+        recipe: what is wrapped around it.
+        attack, threat: an attacker between normalisation and noise, and its budget, or None.
+    Raises:
+        ValueError: for an attack without a threat, or a threat without an attack.
+    """
     from robustrl.envs import sb3
 
+    if (attack is None) != (threat is None):
+        raise ValueError("attack and threat go together: got one without the other")
     places = {} if recipe.normalization is None else {recipe.normalize: recipe.normalization}
     if "before_noise" in places:
         venv = sb3.NormalizeObservation(venv, places["before_noise"])
+    if attack is not None and threat is not None:
+        outside: dict[str, Any] = {
+            "noise": recipe.noise,
+            "frame_stack": recipe.frame_stack,
+            "stack_padding": recipe.stack_padding,
+        }
+        venv = sb3.VecAttack(venv, attack, threat, horizon=recipe.horizon, normalization=places.get("after_noise"), **outside)
     if recipe.noise is not None:
         venv = sb3.NoiseObservation(venv, recipe.noise)
     if "after_noise" in places:

@@ -69,7 +69,7 @@ class VecAttack(VecEnvWrapper):
 
         venv = VecAttack(venv, GradientAttack(), ThreatModel(norm=inf, step=0.1))
         model = PPO("MlpPolicy", venv)
-        venv.victim = model
+        venv.victim = model         # or set_victim(outermost_wrapper, model)
         model.learn(100_000)
     """
 

@@ -1,0 +1,95 @@
+"""Training against attackers that learn, and keeping what is best against the worst of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3 import DQN, PPO
+from stable_baselines3.common.vec_env import VecNormalize
+
+import robustrl as rrl
+from robustrl.attacks import ActionDirection, GradientAttack, LearnedAttack, Margin, RandomNoise
+from robustrl.envs import EnvRecipe, make_vec_env, set_victim
+from robustrl.envs.hosts import attack_host
+from robustrl.envs.recipe import wrap_vec_env
+from robustrl.policy import PolicyView
+from robustrl.threat import ThreatModel
+from robustrl.training.robust import ATLA, SAPPO, RobustEvalCallback
+
+CARTPOLE, THREAT = EnvRecipe.of("CartPole-v1", max_episode_steps=100), ThreatModel(norm=math.inf, step=0.1)
+SMALL = {"n_steps": 32, "batch_size": 32, "n_epochs": 1, "device": "cpu"}
+
+
+def test_the_chain_puts_the_attack_between_normalisation_and_noise() -> None:
+    recipe = EnvRecipe.of(CARTPOLE, noise=rrl.Gaussian(0.1), frame_stack=2)
+    venv = make_vec_env(recipe, 2, attack=GradientAttack(Margin()), threat=THREAT, seed=0)
+    assert " -> VecAttack -> NoiseObservation -> FrameStack" in str(rrl.check_chain(venv))
+    model = PPO("MlpPolicy", venv, seed=0, **SMALL)
+    set_victim(venv, model)
+    model.learn(128)
+    assert EnvRecipe.of(venv).to_dict() == recipe.to_dict()  # a certificate is about the environment without this attack
+    with pytest.raises(ValueError, match="go together"):
+        make_vec_env(CARTPOLE, attack=RandomNoise())
+    with pytest.raises(ValueError, match="no attack in its chain"):
+        set_victim(make_vec_env(CARTPOLE), model)
+
+
+@pytest.mark.parametrize("command", [None, ActionDirection()])
+@pytest.mark.parametrize("kind", [PPO, SAPPO])
+def test_agent_and_adversary_learn_in_turns(kind: type[PPO], command: ActionDirection | None) -> None:
+    venv = make_vec_env(CARTPOLE, 2, attack=RandomNoise(), threat=THREAT, seed=0)
+    robust = {"epsilon": 0.1, "kappa": 0.1} if kind is SAPPO else {}
+    model, game = kind("MlpPolicy", venv, seed=0, **SMALL, **robust), ATLA(CARTPOLE, THREAT, command, n_envs=2, **SMALL)
+    model.learn(192, callback=game)
+    assert game.adversary is not None
+    assert game.adversary.num_timesteps == 192
+    attack = attack_host(venv).core.attack
+    assert isinstance(attack, LearnedAttack)
+    assert attack.adversary.fingerprint() == PolicyView.of(game.adversary).fingerprint()  # as it is now, not as it was
+    assert attack_host(venv).victim.fingerprint() == PolicyView.of(model).fingerprint()
+
+
+def test_a_normalisation_that_still_learns_is_followed() -> None:
+    threat = ThreatModel(norm=math.inf, step=0.1, units="normalized")
+    normalizer = VecNormalize(make_vec_env(CARTPOLE, 2, seed=0))
+    model = PPO("MlpPolicy", wrap_vec_env(normalizer, CARTPOLE, RandomNoise(), threat), seed=0, **SMALL)
+    game = ATLA(CARTPOLE, threat, n_envs=2, **SMALL)
+    model.learn(256, callback=game)
+    followed = game._duels._duel.recipe.normalization
+    assert followed is not None
+    assert np.abs(followed.mean - normalizer.obs_rms.mean).max() < 0.2
+    assert not np.array_equal(followed.mean, np.zeros(4))
+    with pytest.raises(TypeError, match="needs a learner with rollouts"):
+        DQN("MlpPolicy", make_vec_env(CARTPOLE)).learn(10, callback=ATLA(CARTPOLE, THREAT))
+
+
+def test_the_weights_kept_are_those_with_the_best_worst_case(tmp_path: Path) -> None:
+    suite = {"margin": (GradientAttack(Margin()), THREAT), "noise": (RandomNoise(), THREAT)}
+    callback = RobustEvalCallback(CARTPOLE, suite, every=256, episodes=5, best=tmp_path, seed=3)
+    model = PPO("MlpPolicy", make_vec_env(CARTPOLE, 4, seed=0), n_steps=64, learning_rate=3e-3, seed=0, device="cpu")
+    model.learn(1_024, callback=callback)
+    assert [steps for steps, _ in callback.history] == list(range(256, 1_025, 256))
+    worst = [min(means.values()) for _, means in callback.history]
+    assert all(set(means) == {"clean", "margin", "noise"} for _, means in callback.history)
+    assert callback.best_worst_case == max(worst)
+    kept = json.loads((tmp_path / "best.json").read_text())
+    assert kept["timesteps"] == callback.history[int(np.argmax(worst))][0]
+    again = rrl.attack_policy(PPO.load(tmp_path / "model.zip", device="cpu"), CARTPOLE, *suite["margin"], 5, seed=3)
+    assert again.mean == callback.history[int(np.argmax(worst))][1]["margin"]
+
+
+def test_an_evaluation_does_not_disturb_the_learner() -> None:
+    def weights(callback: RobustEvalCallback | None) -> torch.Tensor:
+        model = PPO("MlpPolicy", make_vec_env(CARTPOLE, 2, seed=0), seed=0, **SMALL)
+        model.learn(256, callback=callback)
+        return torch.cat([parameter.detach().flatten() for parameter in model.policy.parameters()])
+
+    suite = {"margin": (GradientAttack(Margin(), restarts=2), THREAT)}
+    assert torch.equal(weights(None), weights(RobustEvalCallback(CARTPOLE, suite, every=128, episodes=2)))
+    with pytest.raises(ValueError, match="'clean'"):
+        RobustEvalCallback(CARTPOLE, {"clean": suite["margin"]})
