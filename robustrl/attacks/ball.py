@@ -152,7 +152,7 @@ class Ball:
     def _ends(self, direction: Tensor) -> Tensor:
         assert self.pixels is not None
         low, high = self.pixels
-        return torch.where(direction > 0, high, torch.where(direction < 0, low, self.centre))
+        return torch.where(direction > 0, high, low).to(self.centre)
 
     def _kept(self, delta: Tensor, gradient: Tensor) -> Tensor:
         changed = (delta != 0).flatten(1)

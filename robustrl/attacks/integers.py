@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from robustrl.attacks.geometry import NORMS, per_row, row_norms
+from robustrl.attacks.geometry import row_norms
 from robustrl.threat import RELATIVE_SLACK
 
 Quantise = Callable[[Tensor, Tensor], Tensor]
@@ -21,13 +21,10 @@ Quantise = Callable[[Tensor, Tensor], Tensor]
 def rounded(frames: Tensor, attacked: Tensor) -> Tensor:
     """Every step rounded towards zero: no norm can grow; (n, *frame) of the dtype of `frames`.
 
-    Steps that are short of whole numbers by a millionth count as whole where their row costs no more for that.
+    A step counts as whole if it is short of that by no more than the ledger forgives.
     """
     delta = attacked.double() - frames.double()
-    sizes = delta.abs()
-    whole, safe = (sizes + 1e-6).floor(), sizes.floor()
-    fits = torch.stack([row_norms(whole, p) <= row_norms(sizes, p) * (1 + RELATIVE_SLACK) for p in NORMS]).all(0)
-    whole = torch.where(per_row(fits, whole).bool(), whole, safe)
+    whole = (delta.abs() * (1 + RELATIVE_SLACK / 2)).floor()
     return (frames.double() + delta.sign() * whole).to(frames.dtype)
 
 

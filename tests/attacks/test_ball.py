@@ -175,6 +175,9 @@ def test_samples_and_boundary_points_pass_the_ledger(norm: float, scale: torch.T
     generator = torch.Generator().manual_seed(0)
     threat = ThreatModel(norm, step=2.0 if norm == 0 else 0.4, mask=(True, False, True, True))
     threat = threat if scale is None else ThreatModel(norm, step=threat.step, mask=threat.mask, scale=tuple(scale.tolist()))
+    if norm:
+        direction = there.boundary(torch.Generator().manual_seed(1)).to(dtype)
+        assert (0.1 if norm == math.inf else 1 - 1e-6) < float(there.norms(direction[None])) <= 1 + 1e-6
     for delta in (
         there.sample(torch.rand(200, 5, generator=generator, dtype=torch.float64)),
         there.push(there.boundary(generator), there.radius),

