@@ -40,6 +40,7 @@ from robustrl.options import (
     parse_budgets,
     parse_noise,
     parse_object,
+    parse_training_attack,
     parse_until,
     read_normalization,
 )
@@ -93,11 +94,19 @@ def train(
     hyperparameters: Annotated[
         str | None, typer.Option(help="Keyword arguments of the algorithm as JSON, in place of the preset's.")
     ] = None,
+    attack_name: Annotated[
+        str | None,
+        typer.Option(
+            "--attack",
+            help="Train against an attack on every step within --epsilon: its name, or learned (ATLA: a rival that learns too).",
+        ),
+    ] = None,
     epsilon: Annotated[
-        float | None, typer.Option(help="sa-ppo, sa-dqn: radius per step, in units of the network's observations.")
+        float | None,
+        typer.Option(help="sa-ppo, sa-dqn, --attack: radius per step, in units of the (normalised) observations."),
     ] = None,
     kappa: Annotated[float | None, typer.Option(help="sa-ppo, sa-dqn: weight of the robustness term.")] = None,
-    norm: Annotated[str | None, typer.Option(help="sa-ppo, sa-dqn: inf (the default), 2 or 1.")] = None,
+    norm: Annotated[str | None, typer.Option(help="sa-ppo, sa-dqn, --attack: inf (the default), 2 or 1.")] = None,
     loss: Annotated[
         str | None,
         typer.Option(help="sa-ppo, sa-dqn: sgld or pgd (gradient ascent), ibp (an upper bound), or radial."),
@@ -116,7 +125,10 @@ def train(
         max_episode_steps=max_episode_steps,
         env_kwargs=parse_object("--env-kwargs", env_kwargs),
     )
+    attacked = parse_training_attack(attack_name, recipe, norm, epsilon, normalize)
     robust = {"epsilon": epsilon, "kappa": kappa, "norm": norm, "loss": loss}
+    if attack_name is not None and not algo.startswith("sa"):
+        robust = {"kappa": kappa, "loss": loss}
     arguments = parse_object("--hyperparameters", hyperparameters) or {}
     run(
         recipe,
@@ -127,6 +139,7 @@ def train(
         n_envs=n_envs,
         normalize=normalize,
         hyperparameters=arguments | {name: value for name, value in robust.items() if value is not None},
+        **attacked,
         progress_bar=True,
         verbose=verbose,
     )

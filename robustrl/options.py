@@ -185,6 +185,24 @@ def make_attack(name: str | None, recipe: Any, threshold: float | None, draws: i
         raise ValueError(f"--threshold belongs to pgd and flip, got --attack {name}") from None
 
 
+def parse_training_attack(
+    name: str | None, recipe: Any, norm: str | None, epsilon: float | None, normalize: bool | None
+) -> dict[str, Any]:
+    """What `train` is told of an attacker: none, one by name, or one that learns."""
+    from robustrl.envs.units import frame_units
+    from robustrl.threat import ThreatModel
+    from robustrl.training.presets import preset_for
+
+    if name is None:
+        return {}
+    if epsilon is None:
+        raise ValueError("--attack needs --epsilon, the radius of every step")
+    learns = preset_for(recipe.env_id).normalize if normalize is None else normalize
+    units = "normalized" if learns and recipe.normalization is None else frame_units(recipe)
+    threat = ThreatModel(parse_number("--norm", norm or "inf"), step=epsilon, units=units)
+    return {"attack": name if name == "learned" else make_attack(name, recipe, None, None), "threat": threat}
+
+
 def describe_run(target: Path, recipe: Any) -> dict[str, Any]:
     from robustrl.training.run_files import RunInfo
 

@@ -7,12 +7,14 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 
+from robustrl.attacks import Attack, RandomNoise
 from robustrl.envs.chain import check_replay
+from robustrl.envs.hosts import set_victim
 from robustrl.envs.recipe import EnvRecipe, make_vec_env, wrap_vec_env
 from robustrl.errors import check_count
 from robustrl.files import write_atomically
@@ -20,7 +22,8 @@ from robustrl.policy import Normalization
 from robustrl.policy.loading import ACTING_AS, algorithm_class, algorithm_name
 from robustrl.rollouts.executor import build, one_thread
 from robustrl.rollouts.progress import progress_bar as rollout_bar
-from robustrl.training.presets import preset_for
+from robustrl.threat import ThreatModel
+from robustrl.training.presets import Preset, preset_for
 from robustrl.training.run_files import RunInfo
 
 OFF_POLICY = ("dqn", "sac", "td3", "ddpg", "sa_dqn")
@@ -45,6 +48,8 @@ def train(
     n_envs: int | None = None,
     normalize: bool | None = None,
     hyperparameters: Mapping[str, Any] | None = None,
+    attack: Attack | Literal["learned"] | None = None,
+    threat: ThreatModel | None = None,
     progress_bar: bool = False,
     verbose: int = 0,
 ) -> Any:
@@ -66,6 +71,9 @@ def train(
             it into the recipe afterwards; default the preset's. On-policy algorithms only: the replay buffer of the others
             would get clean observations. Noise and budgets are then in normalised units.
         hyperparameters: keyword arguments of the algorithm that replace the preset's.
+        attack: adversarial training: every observation is attacked before the noise. "learned" is ATLA: an adversary that learns in turns
+            with the agent, on-policy algorithms only. Certificates and reports are about the environment without it.
+        threat: its budget; units="normalized" where the observations are.
         progress_bar: show a bar with an ETA.
         verbose: SB3's verbosity.
     Returns:
@@ -91,7 +99,10 @@ def train(
     written = copy.deepcopy(arguments)  # SB3 writes into the policy_kwargs that it is given
     side_by_side = preset.env.get("n_envs", 1) if n_envs is None else n_envs
     learns = recipe.normalization is None and (preset.normalize if normalize is None else normalize)
-    venv, normalizer = _training_env(recipe, side_by_side, check_count("seed", seed, least=0), learns)
+    if (attack is None) != (threat is None):
+        raise ValueError("attack and threat go together: got one without the other")
+    start = RandomNoise() if attack == "learned" else attack
+    venv, normalizer = _training_env(recipe, side_by_side, check_count("seed", seed, least=0), learns, start, threat)
     if algo in OFF_POLICY:
         check_replay(venv)
     name, policy_kwargs = policy_for(venv.observation_space, algo)
@@ -105,9 +116,16 @@ def train(
         model.set_logger(configure(os.fspath(folder / "tb"), (["stdout"] if verbose else []) + ["tensorboard"]))
         # SB3's own bar needs tqdm, which nothing else here does; this is the bar of certify and attack.
         with rollout_bar("train", steps, visible=progress_bar) as advance:
-            model.learn(steps, callback=_Advance(advance))
+            callbacks: list[BaseCallback] = [_Advance(advance)]
+            if attack == "learned" and threat is not None:
+                callbacks.append(_adversary(recipe, threat, preset, side_by_side))
+            elif attack is not None:
+                set_victim(venv, model)
+            model.learn(steps, callback=callbacks)
     if normalizer is not None:
         recipe = replace(recipe, normalization=Normalization.of(normalizer))
+    if attack is not None and threat is not None:
+        written["attack"] = {"attack": attack if isinstance(attack, str) else attack.to_dict(), "threat": threat.to_dict()}
     RunInfo(algo, recipe.to_dict(), int(seed), steps, written, dict(build())).save(folder)
     save_model(model, folder / "model.zip")  # last: a folder with a model is complete
     venv.close()
@@ -133,14 +151,23 @@ def policy_for(space: spaces.Space[Any], algo: str) -> tuple[str, dict[str, Any]
     return (kind if algo != "recurrent_ppo" else kind.replace("Policy", "LstmPolicy")), pixels
 
 
-def _training_env(recipe: EnvRecipe, n_envs: int, seed: int, learns: bool) -> tuple[Any, Any]:
+def _adversary(recipe: EnvRecipe, threat: ThreatModel, preset: Preset, n_envs: int) -> BaseCallback:
+    """The other half of ATLA, with the hyper-parameters that the preset has for PPO."""
+    from robustrl.training.robust import ATLA
+
+    return ATLA(recipe, threat, n_envs=n_envs, **preset.ppo)
+
+
+def _training_env(
+    recipe: EnvRecipe, n_envs: int, seed: int, learns: bool, attack: Attack | None = None, threat: ThreatModel | None = None
+) -> tuple[Any, Any]:
     """The vector environment of a recipe, and the VecNormalize inside its noise that still learns."""
     if not learns:
-        return make_vec_env(recipe, n_envs, seed=seed), None
+        return make_vec_env(recipe, n_envs, seed=seed, attack=attack, threat=threat), None
     from stable_baselines3.common.vec_env import VecNormalize
 
     normalizer = VecNormalize(make_vec_env(replace(recipe, noise=None, frame_stack=1), n_envs, seed=seed))
-    venv = wrap_vec_env(normalizer, recipe)
+    venv = wrap_vec_env(normalizer, recipe, attack, threat)
     venv.seed(seed)
     return venv, normalizer
 
