@@ -114,6 +114,8 @@ def test_a_gradient_spends_the_radius_from_the_steepest_entry_on() -> None:
     assert delta(1, 5.0).tolist() == [2, -2, 1]
     assert delta(2, 4.3).tolist() == [3, -2, 2]  # 17 of 18.49: from [2, -2, 2] on, 5 fits once
     assert delta(0, 2.0).tolist()[2] == 0
+    back = spend(frames, frames + torch.tensor([[-2.0, 0.0, 0.0]]), torch.tensor([3.0]), math.inf, gradient=gradient) - frames
+    assert back.tolist() == [[-2, -3, 3]]  # no entry that the attack has moved is moved back
 
 
 def test_the_range_ends_every_step() -> None:

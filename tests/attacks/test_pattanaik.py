@@ -100,3 +100,26 @@ def test_a_policy_without_action_values_is_refused() -> None:
     with pytest.raises(ValueError, match="Pattanaik needs action values"):
         Pattanaik().check(network_balancer(), ThreatModel(2, step=1.0), None)
     Pattanaik(nn.Identity()).check(network_balancer(), ThreatModel(2, step=1.0), None)
+
+
+def test_candidates_lie_along_the_gradient_towards_the_worst_action() -> None:
+    """Linear action values W x: the direction is w_worst - sum_a p_a w_a, with p a softmax in units of the values' spread."""
+    weights = frames_of(3, 4, seed=7).double()
+    view = PolicyView.from_torch(Matrix(weights), kind="q", observation_shape=(4,))
+    x = frames_of(60)
+    delivered = Pattanaik().perturb(x, context(view, x, 2.0))
+    values = x.double() @ weights.T
+    shares = (values / values.std(1, unbiased=False, keepdim=True)).softmax(1)
+    direction = weights[values.argmin(1)] - shares @ weights
+    moved = (delivered != x).any(1)
+    assert int(moved.sum()) > 20
+    cosine = torch.nn.functional.cosine_similarity((delivered - x).double()[moved], direction[moved])
+    torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=1e-4, atol=0)
+
+
+def test_the_best_length_of_a_linear_critic_is_the_longest_of_those_drawn() -> None:
+    """The stream's first numbers, three per candidate."""
+    x, view = frames_of(5), actor(frames_of(2, 4, seed=3).double(), q_critic=LinearQ([1.0, -2.0], torch.ones(4)))
+    delivered = Pattanaik(candidates=7).perturb(x, context(view, x, 0.5, seed=3))
+    drawn = torch.rand(7, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64).sort(1).values[:, 1]
+    torch.testing.assert_close((delivered - x).norm(dim=1), torch.full((5,), 0.5 * float(drawn.max())))

@@ -77,6 +77,18 @@ def test_episodes_and_steps_get_independent_noise_that_depends_on_the_slot_alone
         assert abs(np.corrcoef(one.flatten(), other.flatten())[0, 1]) < 0.12
 
 
+def test_the_numbers_of_some_episodes_are_theirs() -> None:
+    """Also where no slots are named, and uniform in (0, 1)."""
+    for slots in (None, torch.tensor([4, 9, 2, 7])):
+        everyone, few = (context(linear(), frames_of(4), 1.0, slots=slots) for _ in range(2))
+        numbers, rows = everyone.uniforms(5), torch.tensor([2, 0])
+        assert torch.equal(few.select(rows).uniforms(5), numbers[rows])
+    numbers = context(linear(), frames_of(2000), 1.0).uniforms(7)
+    assert kstest(numbers.flatten().numpy(), "uniform").pvalue > 1e-3
+    assert kstest((numbers[:, 1:] - numbers[:, :-1]).remainder(1).flatten().numpy(), "uniform").pvalue > 1e-3
+    assert len(numbers.unique()) == 14_000
+
+
 def test_it_looks_at_no_policy() -> None:
     threat = ThreatModel(2, step=0.1)
     attacker = Attacker(RandomNoise(), threat, None, 3)
