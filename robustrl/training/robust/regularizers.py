@@ -155,8 +155,7 @@ class Margin(Regularizer):
     """CAMP's margin loss: a larger gap between the two best actions, which is what a smoothed agent's certificate lives on.
 
     mean(eta - (Q_1 - Q_2)) over observations on which the greedy action is the target network's; eta, the difference of the batch's
-    largest and smallest value, is a constant here. (The paper counts gaps up to eta, which are all.) The neighbourhood does not
-    matter.
+    largest and smallest value and never below a gap, is a constant here. The neighbourhood does not matter.
 
     Source: "CAMP in the Odyssey: Provably Robust Reinforcement Learning with Certified Radius Maximization" (USENIX Security 2025),
         arXiv:2501.17667; its code adds the term with a weight of 0.5 to 16, 1 by default.

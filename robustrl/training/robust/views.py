@@ -1,6 +1,7 @@
 """Bounds for what `PolicyView` puts around networks, and the view that training has of an SB3 model.
 
-It is here since `robustrl.networks` and `robustrl.policy` do not know each other.
+It is here since `robustrl.networks` and `robustrl.policy` do not know each other. Layers of single entries are applied to both ends as
+they are, without padding: all their operations are monotone in floating point too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
 from torch import Tensor
 
-from robustrl.networks.bounds import ELEMENTWISE_SLACK, Interval, Region, handlers, propagate
+from robustrl.networks.bounds import Interval, Region, handlers, propagate
 from robustrl.policy import PolicyView
 from robustrl.policy.sb3 import _MeanAndStd, _Network, _SquashedHead, _Unscale, networks_of
 from robustrl.policy.view import _ChannelsFirst, _Normalized
@@ -73,9 +74,7 @@ def _(layer: _SquashedHead, region: Region) -> Region:
 
 @handlers.register
 def _(layer: _Unscale, region: Region) -> Region:
-    box = region.box().monotone(layer)
-    low, high = (ELEMENTWISE_SLACK * (end.abs() + layer.low.abs()) for end in (box.low, box.high))
-    return Interval(box.low - low, box.high + high)
+    return region.box().monotone(layer)
 
 
 @handlers.register
@@ -83,7 +82,7 @@ def _(layer: _Normalized, region: Region) -> Region:
     def normalized(end: Tensor) -> Tensor:
         return torch.clamp((end.double() - layer.mean) / layer.scale, -layer.clip, layer.clip).float()
 
-    return propagate(layer.network, region.box().monotone(normalized).padded())
+    return propagate(layer.network, region.box().monotone(normalized))
 
 
 @handlers.register

@@ -118,7 +118,9 @@ class WorstCaseCritic(BaseCallback):
             box = propagate(self._policy, self._around.region(observations)).box()
             low, high = (end.chunk(2, dim=-1)[0].clamp(*ends) for end in (box.low, box.high))
         draws = torch.rand(low.shape, generator=self._generator, device=low.device)
-        actions, found = low + draws * (high - low), []
+        actions = low + draws * (high - low)
+        with torch.no_grad():
+            found = [self._values(self._target, observations, end) for end in (low, high)]
         for _ in range(self.search):
             actions.requires_grad_()
             values = self._values(self._target, observations, actions)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ class Searching(Regularizer):
         self.modes: list[bool] = []
 
     def loss(self, policy: Any, batch: Minibatch, around: Neighbourhood, generator: torch.Generator) -> Tensor:
-        self.modes.append(policy.training)
+        self.modes.append(any(layer.training for layer in policy.modules()))
         return 0.0 * StateAdversarial(Ascent(3, temperature=1e-3)).loss(policy, batch, around, generator)
 
 
@@ -226,6 +228,8 @@ def test_saved_models_load_like_any_and_safely_as_plain_ones(tmp_path: Path) -> 
     ):
         model = kind("MlpPolicy", "CartPole-v1", epsilon=rrl.ThreatModel(norm=2, step=0.1), kappa=0.3, loss=loss, **options)
         model.learn(128).save(tmp_path / "model.zip")
+        with zipfile.ZipFile(tmp_path / "model.zip") as archive:
+            assert not {"_tools", "_minibatch"} & json.loads(archive.read("data")).keys()
         again = kind.load(tmp_path / "model.zip", device="cpu")
         assert (again.kappa, again.epsilon, again.loss) == (0.3, rrl.ThreatModel(norm=2, step=0.1), loss)
         assert torch.equal(weights(again), weights(model))

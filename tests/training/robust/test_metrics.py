@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 
 import robustrl as rrl
 from robustrl.policy import PolicyView
+from robustrl.rollouts.engines import make_engine
+from robustrl.seeding import chunk_seeds
 from robustrl.training.robust import Neighbourhood, estimate_certified_actions, estimate_greedy_worst_case
 from robustrl.training.robust.metrics import possible_actions
 
@@ -67,6 +70,26 @@ def test_the_greedy_worst_case_is_the_clean_return_at_radius_zero_and_falls_with
     assert clean == 60
     assert clean >= near > far
     assert far < 15  # every action is possible: always the worse one
+
+
+def test_every_episode_gets_its_own_return() -> None:
+    """Always to the right, without an attacker: each as Gymnasium plays it from the same seed."""
+    layer = nn.Linear(4, 2)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.copy_(torch.tensor([0.0, 1.0]))
+    found = estimate(PolicyView.from_torch(layer, kind="logits", observation_shape=(4,)), 0.0, seed=3)
+    expected = []
+    _, seeds = make_engine(rrl.EnvRecipe.of("CartPole-v1"), "auto").start(6, chunk_seeds(3, 0).environment)
+    for seed in seeds:
+        env = gym.make("CartPole-v1")
+        env.reset(seed=int(seed))
+        steps = 1
+        while not env.step(1)[2]:
+            steps += 1
+        expected.append(steps)
+    assert len(set(expected)) > 1
+    assert found.tolist() == expected
 
 
 def test_episodes_are_those_of_their_seed() -> None:

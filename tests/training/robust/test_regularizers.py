@@ -180,17 +180,19 @@ def test_radials_overlap_against_its_formula() -> None:
     """Linear action values: bounds of differences are exact, and so are the overlaps."""
     policy, x, actions, radius = view("q"), torch.randn(7, 3), torch.tensor([0, 1, 2, 0, 1, 2, 0]), 0.15
     policy.actor = linear = nn.Linear(3, 3)
-    expected = []
+    expected = torch.zeros(())
     for row, a in zip(x, actions.tolist(), strict=True):
-        total, q = 0.0, linear(row)
+        q = linear(row)
         for b in range(3):
-            gap = max(0.0, (q[a] - q[b]).item())
-            highest = (q[b] - q[a]).item() + radius * (linear.weight[b] - linear.weight[a]).abs().sum().item()
-            total += gap * max(0.0, highest + gap / 2)
-        expected.append(total)
+            gap = (q[a] - q[b]).clamp_min(0).detach()
+            highest = q[b] - q[a] + radius * (linear.weight[b] - linear.weight[a]).abs().sum()
+            expected = expected + gap * (highest + gap / 2).clamp_min(0) / 7
     found = Overlap().loss(policy, Minibatch(x, actions), around(radius), generator())
-    assert found.item() == pytest.approx(np.mean(expected), rel=1e-3)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-3)
     assert found.item() > 0.001
+    slopes = [torch.autograd.grad(loss, [linear.weight, linear.bias]) for loss in (found, expected)]
+    for ours, formula in zip(*slopes, strict=True):
+        torch.testing.assert_close(ours, formula, rtol=1e-3, atol=1e-5)
 
 
 def test_log_probabilities_are_bounded_by_the_ends_of_a_box() -> None:

@@ -28,7 +28,7 @@ def model(kind: Any, observations: spaces.Space[Any], actions: spaces.Space[Any]
     return kind(policy, Blank(observations, actions), seed=1, device="cpu", **memory, **options)
 
 
-def holds(view: PolicyView, centre: Tensor, radius: float) -> None:
+def holds(view: PolicyView, centre: Tensor, radius: float, rounding: float = 1e-3) -> None:
     generator = torch.Generator().manual_seed(0)
     low, high = ball_bounds(view, centre, radius)
     with torch.no_grad():
@@ -37,7 +37,24 @@ def holds(view: PolicyView, centre: Tensor, radius: float) -> None:
             scores = view.scores(centre + radius * (e.sign() if i % 2 else e) * (1 - 1e-6))
             assert (scores >= low).all()
             assert (scores <= high).all()
-    assert (high >= low).all()
+    with torch.no_grad():
+        for end in ball_bounds(view, centre, 0.0):
+            torch.testing.assert_close(end, view.scores(centre), rtol=1e-2, atol=rounding)
+
+
+def test_squashed_deviations_are_clamped_where_sac_clamps_them() -> None:
+    sac = model(SAC, VECTOR, ARM)
+    with torch.no_grad():
+        sac.policy.actor.log_std.weight.mul_(1000)
+    view = PolicyView.from_sb3(sac)
+    centre = torch.randn(8, 5, generator=torch.Generator().manual_seed(3))
+    for radius in (0.01, 1.0):
+        low, high = ball_bounds(view, centre, radius)
+        assert low[:, 2:].min() == -20
+        assert high[:, 2:].max() == 2
+        scores = view.scores(centre)
+        assert (scores <= high).all()
+        assert (scores >= low).all()
 
 
 @pytest.mark.parametrize(
@@ -62,7 +79,7 @@ def test_a_vector_policys_scores_stay_in_their_bounds(kind: Any, actions: spaces
 def test_a_picture_policys_scores_stay_in_their_bounds() -> None:
     view = PolicyView.from_sb3(model(DQN, PIXELS, spaces.Discrete(3)))
     centre = torch.randint(0, 256, (2, 2, 36, 36), generator=torch.Generator().manual_seed(3)).float()
-    holds(view, centre, 1.0)
+    holds(view, centre, 1.0, rounding=0.2)
     low, high = ball_bounds(view, centre, 1.0, 2)
     box_low, box_high = ball_bounds(view, centre, 1.0)
     assert (low >= box_low).all()
@@ -72,7 +89,7 @@ def test_a_picture_policys_scores_stay_in_their_bounds() -> None:
 def test_pixels_in_the_unit_interval_and_channels_last_are_seen_through() -> None:
     unit = spaces.Box(0, 1, (36, 36, 2), np.float32)
     view = PolicyView.from_sb3(model(DQN, PIXELS, spaces.Discrete(3)), frame_space=unit)
-    holds(view, torch.rand(2, 36, 36, 2, generator=torch.Generator().manual_seed(3)), 1 / 255)
+    holds(view, torch.rand(2, 36, 36, 2, generator=torch.Generator().manual_seed(3)), 1 / 255, rounding=0.2)
 
 
 def test_a_normalisation_is_seen_through_with_its_clip() -> None:

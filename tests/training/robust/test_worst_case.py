@@ -12,6 +12,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3 import DQN, PPO
 
+from robustrl.networks.bounds import ball_bounds
 from robustrl.training.robust import SAPPO, WorstCaseCritic
 
 QUICK: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_epochs": 2, "seed": 3, "device": "cpu"}
@@ -66,20 +67,24 @@ def test_the_critic_learns_the_return_under_the_worst_action_that_is_possible(ep
 class Looking(WorstCaseCritic):
     """Remembers advantages before and after."""
 
+    def _on_training_start(self) -> None:
+        super()._on_training_start()
+        self.seen: list[Any] = []
+
     def _on_rollout_end(self) -> None:
-        self.before = self.model.rollout_buffer.advantages.copy()
+        before = self.model.rollout_buffer.advantages.copy()
         super()._on_rollout_end()
-        self.after = self.model.rollout_buffer.advantages.copy()
+        self.seen.append((before, self.model.rollout_buffer.advantages - before))
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 def test_advantages_get_the_critics_standardised_values_with_a_weight_that_grows(env: str) -> None:
     critic = Looking(0.1, weight=0.8, epochs=1)
     model = PPO("MlpPolicy", env, **QUICK)
-    model.learn(128, callback=critic)  # the second of two rollouts: the whole weight
-    added = critic.after - critic.before
-    assert added.std() == pytest.approx(0.8 * critic.before.std(), rel=1e-2)
-    assert added.mean() == pytest.approx(0, abs=1e-3 * float(critic.before.std()))
+    model.learn(128, callback=critic)
+    for (before, added), weight in zip(critic.seen, (0.4, 0.8), strict=True):
+        assert added.std() == pytest.approx(weight * before.std(), rel=1e-2)
+        assert added.mean() == pytest.approx(0, abs=1e-3 * float(before.std()))
     assert math.isfinite(model.logger.name_to_value["train/worst_case_loss"])
 
 
@@ -91,18 +96,20 @@ def test_a_weight_of_zero_changes_no_weights_and_draws_nothing(kind: Any) -> Non
         assert torch.equal(weights(alone), weights(beside))
 
 
-def test_the_worst_action_in_a_box_is_searched_inside_the_action_space() -> None:
+def test_the_worst_action_in_a_box_is_found_inside_the_action_space() -> None:
+    """Against a grid over the box of means, which is as wide as the action space here."""
     critic = WorstCaseCritic(0.05, epochs=1)
     model = PPO("MlpPolicy", "Pendulum-v1", **QUICK).learn(64, callback=critic)
-    observations = torch.randn(16, 3)
-    worst = critic._worst(observations)
-    policy = critic._policy
     with torch.no_grad():
-        for _ in range(30):
-            e = 0.05 * (2 * torch.rand(16, 3) - 1)
-            actions = policy.scores(observations + e).chunk(2, dim=-1)[0].clamp(-2, 2)
-            assert (worst <= critic._values(critic._target, observations, actions) + 5e-3).all()
-    assert model is critic.model
+        model.policy.action_net.weight.mul_(300)
+    observations = torch.randn(16, 3)
+    low, high = (end[:, :1].clamp(-2, 2) for end in ball_bounds(critic._policy, observations, 0.05))
+    assert (high - low).mean() > 1
+    with torch.no_grad():
+        grid = [critic._values(critic._target, observations, low + part * (high - low)) for part in torch.linspace(0, 1, 41)]
+    lowest, highest = torch.stack(grid).amin(0), torch.stack(grid).amax(0)
+    worst = critic._worst(observations)
+    assert ((worst - lowest).abs() <= 0.1 * (highest - lowest) + 1e-6).all()
 
 
 @pytest.mark.parametrize(
