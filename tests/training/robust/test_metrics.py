@@ -78,9 +78,9 @@ def test_every_episode_gets_its_own_return() -> None:
     with torch.no_grad():
         layer.weight.zero_()
         layer.bias.copy_(torch.tensor([0.0, 1.0]))
-    found = estimate(PolicyView.from_torch(layer, kind="logits", observation_shape=(4,)), 0.0, seed=3)
+    found = estimate(PolicyView.from_torch(layer, kind="logits", observation_shape=(4,)), 0.0, seed=3, engine="list")
     expected = []
-    _, seeds = make_engine(rrl.EnvRecipe.of("CartPole-v1"), "auto").start(6, chunk_seeds(3, 0).environment)
+    _, seeds = make_engine(rrl.EnvRecipe.of("CartPole-v1"), "list").start(6, chunk_seeds(3, 0).environment)
     for seed in seeds:
         env = gym.make("CartPole-v1")
         env.reset(seed=int(seed))
