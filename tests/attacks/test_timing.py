@@ -330,3 +330,13 @@ def test_the_gap_of_action_values_decides_where_it_should() -> None:
 def test_bad_thresholds_are_refused(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_threshold_of_0_attacks_a_policy_that_does_not_care_at_all() -> None:
+    """Equal scores: preference and gap are exactly 0, and thresholds are reached by what equals them."""
+    view = PolicyView.from_torch(LinearRule(torch.zeros(4)), kind="q", observation_shape=(4,))
+    x = frames_of(5)
+    for always in (PreferenceThreshold(0.0), QGapThreshold(0.0)):
+        assert bool((RandomNoise(allocation=always).perturb(x, context(view, x, 0.5)) != x).any(1).all())
+    for never in (PreferenceThreshold(1e-9), QGapThreshold(1e-9)):
+        assert torch.equal(RandomNoise(allocation=never).perturb(x, context(view, x, 0.5)), x)
