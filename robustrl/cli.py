@@ -299,6 +299,15 @@ def attack(
             "critic (lowest value) for any; default pgd, or mad for continuous actions.",
         ),
     ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="fast or strong: many attacks in place of one; strong also trains adversaries (SA-RL, PA-AD, Robust Sarsa)."
+        ),
+    ] = None,
+    adversary_timesteps: Annotated[
+        int, typer.Option(help="--suite strong: training steps of each adversary, 0 for none.")
+    ] = 100_000,
     norm: Annotated[str, typer.Option(help="Norm of the budget: 2, 1 or inf.")] = "2",
     threshold: Annotated[
         float | None, typer.Option(help="pgd and flip: attack only towards actions whose score is this much lower.")
@@ -334,8 +343,9 @@ def attack(
     from robustrl.envs.units import frame_units
     from robustrl.files import save_figure
     from robustrl.report.attack import attack_table, save_reports
-    from robustrl.report.figures import certificate_figure
-    from robustrl.report.tensorboard import log_certificate
+    from robustrl.report.figures import certificate_figure, suite_figure
+    from robustrl.report.tensorboard import log_attacks, log_certificate
+    from robustrl.suite import attack_suite
 
     changes = {
         "noise": parse_noise(sigma, noise),
@@ -346,6 +356,8 @@ def attack(
     }
     model, recipe = open_model(target, env, algo, changes, policy_kwargs, trust)
     folder = out or (target if target.is_dir() else Path("runs") / target.stem)
+    if suite is not None and (attack_name, threshold, draws) != (None, None, None):
+        raise ValueError("--suite has attacks of its own: leave out --attack, --threshold and --draws")
     attacker, path = make_attack(attack_name, recipe, threshold, draws), folder / "certificate.json"
     certificate = EpisodeCertificate.load(path) if path.exists() else None
     if certificate is not None and certificate.statistic == "quantile":
@@ -353,29 +365,46 @@ def attack(
     kind = ("-stochastic" if stochastic else "") + engine_suffix(engine)
     name = "-".join(f"{part}" for part in (attack_name or "default", f"norm{norm}", f"threshold{threshold}", f"draws{draws}"))
     with make_executor(ray) as executor:
-        reports = [
-            attack_policy(
-                model,
-                recipe,
-                attacker,
-                make_threat(norm, float(b), frame_units(recipe)),
-                episodes,
-                certificate=certificate,
-                return_high=return_high,
-                success_at=success_at,
-                alpha=alpha,
-                deterministic=not stochastic,
-                seed=seed,
-                n_workers=workers,
-                executor=executor,
-                engine=engine,
-                out=folder / "chunks" / f"attack-{name}-{b:.12g}-seed{seed}{kind}",
-                progress_bar=True,
-            )
-            for b in parse_budgets(budget)
-        ]
+        settings = {
+            "certificate": certificate,
+            "return_high": return_high,
+            "success_at": success_at,
+            "alpha": alpha,
+            "deterministic": not stochastic,
+            "seed": seed,
+            "n_workers": workers,
+            "executor": executor,
+            "engine": engine,
+        }
+        threats = {float(b): make_threat(norm, float(b), frame_units(recipe)) for b in parse_budgets(budget)}
+        chunks = folder / "chunks"
+        if suite is None:
+            reports = [
+                attack_policy(
+                    *(model, recipe, attacker, threat, episodes),
+                    **settings,
+                    out=chunks / f"attack-{name}-{b:.12g}-seed{seed}{kind}",
+                    progress_bar=True,
+                )
+                for b, threat in threats.items()
+            ]
+        else:
+            reports = []
+            for b, threat in threats.items():
+                reports += attack_suite(
+                    *(model, recipe, [threat], suite, episodes),
+                    **settings,
+                    adversary_timesteps=adversary_timesteps,
+                    out=chunks / f"suite-norm{norm}-{b:.12g}-seed{seed}{kind}",
+                    on_report=lambda report: print(f"budget {report.budget:g}  {report.name}: {report.mean:.6g}", flush=True),
+                    on_skip=lambda label, reason: print(f"  left out: {label} ({reason})", flush=True),
+                )
     save_reports(folder / "attack.json", reports)
     print(attack_table(reports))
+    if suite is not None:
+        save_figure(suite_figure(reports, certificate, f"{recipe.label}, {suite} suite"), folder / "attacks.png")
+        log_attacks(folder / "tb", reports)
+        print(f"figure: {folder / 'attacks.png'}")
     if certificate is not None:
         save_figure(certificate_figure(certificate, reports), folder / "certificate.png")
         log_certificate(folder / "tb", certificate, reports, hparams=describe_run(target, recipe))

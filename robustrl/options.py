@@ -182,7 +182,8 @@ def make_attack(name: str | None, recipe: Any, threshold: float | None, draws: i
     try:
         return ATTACKS[name](**{key: value for key, value in settings.items() if value is not None})
     except TypeError:
-        raise ValueError(f"--threshold belongs to pgd and flip, got --attack {name}") from None
+        given = " and ".join(f"--{key}" for key, value in settings.items() if value is not None)
+        raise ValueError(f"the attack {name} takes no {given}") from None
 
 
 def parse_training_attack(

@@ -365,7 +365,7 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "engine of another environment": (("certify", *ZIP, "--sigma", 0.2, "--engine", "ale"), "engine='ale'"),
     "unreachable cluster": (("certify", *ZIP, "--sigma", 0.2, "--ray", "nowhere"), "address"),
     "environment arguments that are no object": (("certify", *ZIP, "--sigma", 0.2, "--env-kwargs", "3"), "--env-kwargs must be a JSON object"),
-    "threshold of another attack": (("attack", *ZIP, "--sigma", 0.2, "--attack", "mad", "--threshold", 1), "--threshold belongs to pgd and flip"),
+    "threshold of another attack": (("attack", *ZIP, "--sigma", 0.2, "--attack", "mad", "--threshold", 1), "the attack mad takes no --threshold"),
     "unknown norm": (("attack", *ZIP, "--sigma", 0.2, "--norm", 3), "norm must be one of"),
     "norm that is no number": (("attack", *ZIP, "--sigma", 0.2, "--norm", "two"), "--norm: 'two' is not a number"),
     "train with continuous actions": (("train", "--env", "Nothing-v0", "--out", "HERE/new"), "unknown environment id"),

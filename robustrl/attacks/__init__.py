@@ -7,6 +7,7 @@ from robustrl.attacks.ball import Ball
 from robustrl.attacks.base import Attack, AttackContext
 from robustrl.attacks.gradient import FGSM, GradientAttack, LangevinAttack, MomentumAttack
 from robustrl.attacks.hindsight import knapsack_oracle
+from robustrl.attacks.learned import ActionDirection, Command, LearnedAttack, Perturbation, TargetAction
 from robustrl.attacks.objectives import (
     ActionDeviation,
     CrossEntropy,
@@ -64,10 +65,12 @@ __all__ = [
     "FGSM",
     "NES",
     "ActionDeviation",
+    "ActionDirection",
     "Allocation",
     "Attack",
     "AttackContext",
     "Ball",
+    "Command",
     "CrossEntropy",
     "FlipAttack",
     "Flips",
@@ -75,6 +78,7 @@ __all__ = [
     "GradientAttack",
     "Greedy",
     "LangevinAttack",
+    "LearnedAttack",
     "LowValue",
     "Margin",
     "MinProbability",
@@ -82,6 +86,7 @@ __all__ = [
     "MomentumAttack",
     "Objective",
     "Pattanaik",
+    "Perturbation",
     "PreferenceThreshold",
     "QGapThreshold",
     "RandomNoise",
@@ -89,6 +94,7 @@ __all__ = [
     "Spread",
     "Square",
     "StrategicallyTimed",
+    "TargetAction",
     "Targeted",
     "Transfer",
     "Uniform",

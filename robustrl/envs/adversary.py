@@ -19,6 +19,7 @@ from robustrl.attacks.attacker import Attacker
 from robustrl.attacks.base import AttackContext
 from robustrl.attacks.learned import Command, CommandedAttack, LearnedAttack, Perturbation
 from robustrl.attacks.timing import Allocation, Uniform
+from robustrl.envs.attack_core import attack_range
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.envs.units import in_frame_units
 from robustrl.errors import check_count
@@ -44,7 +45,7 @@ class _Duel:
             n_frames=recipe.frame_stack,
             padding=recipe.stack_padding,
             horizon=recipe.horizon,
-            pixels=recipe.pixels,
+            pixels=attack_range(recipe.frame_space, threat),
         )
         self.observation_space = self.orders.observation_space(self.victim, recipe.frame_stack)
         self.action_space = self.orders.action_space(self.victim)

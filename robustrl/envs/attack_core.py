@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,8 +11,10 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from robustrl.attacks.attacker import Attacker, rounded
+from robustrl.attacks.attacker import Attacker
 from robustrl.attacks.base import Attack
+from robustrl.attacks.geometry import Pixels
+from robustrl.attacks.integers import greedy, rounded
 from robustrl.envs.chain import check_replay, find_horizon, layers_of
 from robustrl.envs.joint import as_batch, first_row, join, joint_box, split
 from robustrl.errors import ChainError, check_choice
@@ -22,7 +23,7 @@ from robustrl.policy import Normalization, Padding, PolicyView
 from robustrl.seeding import torch_generator
 from robustrl.threat import ThreatModel
 
-Delivery = Literal["float", "round"]
+Delivery = Literal["float", "round", "greedy"]
 INFO: dict[str, Any] = {"norm": 0.0, "eps_t": 0.0, "budget_spent": 0.0, "budget_left": 0.0, "attacked": False}
 """Keys of info["attack"], and what kind of number is behind each."""
 
@@ -42,7 +43,8 @@ class AttackCore:
         normalization: frozen normalisation outside.
         horizon: most steps of an episode; default the chain's time limit.
         bounds: "expand" makes a float space large enough for what is delivered, "clip" keeps observations inside it.
-        delivery: how bytes are delivered: "float" (the space becomes float32) or "round" (whole grey levels, towards the true ones).
+        delivery: how bytes are delivered: "float" (the space becomes float32), "round" (whole grey levels, towards the true ones) or
+            "greedy" (what rounding leaves of the budget is spent on further levels).
         seed: of the attacker.
         record_clean: put the true observation into the infos too.
     """
@@ -76,7 +78,7 @@ class AttackCore:
         self.frame_stack, self.stack_padding, self.record_clean = frame_stack, stack_padding, record_clean
         self.normalization = normalization
         check_choice("bounds", bounds, ("expand", "clip"))
-        self.delivery = check_choice("delivery", delivery, ("float", "round"))
+        self.delivery = check_choice("delivery", delivery, ("float", "round", "greedy"))
         box = joint_box(space)
         self.bytes = box.dtype == np.uint8
         kinds = {part.dtype for part in space.values()} if isinstance(space, spaces.Dict) else {box.dtype}
@@ -84,13 +86,13 @@ class AttackCore:
             raise TypeError(f"an attack needs observations of floats, or pictures of bytes (uint8), got {space}")
         self.horizon, normalized = _horizon(env) if horizon is None else horizon, _check_inside(env)
         self.threat = _in_units_of(threat, box, normalized=normalized)
-        self.pixels: Any = None
-        if self.bytes:
-            self.pixels = (0.0, 255.0)
-        elif len(box.shape) > 1 and box.is_bounded():
-            self.pixels = (float(box.low.min()), float(box.high.max()))
-        elif bounds == "clip":
-            self.pixels = (torch.from_numpy(box.low), torch.from_numpy(box.high))
+        whole = self.bytes and self.delivery != "float"
+        if whole:
+            self.threat = self.threat.in_whole_levels()
+        self.pixels: Pixels = attack_range(box, self.threat, clip=bounds == "clip")
+        scale = self.threat.scales(box.shape)
+        spent = greedy(self.threat.norm, None if scale is None else torch.from_numpy(scale))
+        self._quantise = None if not whole else rounded if self.delivery == "round" else spent
         self.space = self._outer(space)
         self.attacker: Attacker | None = None
         self._victim: PolicyView | None = None
@@ -145,7 +147,7 @@ class AttackCore:
             padding=self.stack_padding,
             horizon=self.horizon,
             pixels=self.pixels,
-            quantise=rounded if self.bytes and self.delivery == "round" else None,
+            quantise=self._quantise,
         )
         self.seed(self._seed)
 
@@ -169,7 +171,7 @@ class AttackCore:
         frames = torch.from_numpy(true.astype(np.float32) if self.bytes else np.array(true)).to(attacker.device)
         with torch.enable_grad():  # learners collect without
             delivered = attacker.deliver(frames, slots).detach().cpu().numpy()
-        if self.bytes and self.delivery == "round":
+        if self._quantise is not None:
             delivered = delivered.astype(np.uint8)
         return split(delivered, self.inner)
 
@@ -204,9 +206,8 @@ class AttackCore:
             return spaces.Box(0, 255, space.shape, np.float32) if self.delivery == "float" else space
         if self.pixels is not None:
             return space
-        room = min(limit for limit in (self.threat.step, self.threat.episode) if limit is not None)
-        if self.threat.norm == 0:
-            room = math.inf
+        largest = self.threat.covering()
+        room = min(limit for limit in (largest.step, largest.episode) if limit is not None)
         with np.errstate(over="ignore"):
             low, high = space.low - np.float64(room), space.high + np.float64(room)
             dtype: Any = space.dtype
@@ -275,6 +276,19 @@ def _in_units_of(threat: ThreatModel, box: spaces.Box, *, normalized: bool) -> T
         return replace(threat, units="raw")
     if threat.units not in others:
         raise ValueError(f"threat.units must be {own!r} for these observations, got {threat.units!r}")
-    factor = others[threat.units] if threat.norm != 0 else 1.0
-    step, episode = (None if limit is None else limit * factor for limit in (threat.step, threat.episode))
-    return replace(threat, step=step, episode=episode, units="raw")
+    return threat.times(others[threat.units], units="raw")
+
+
+def attack_range(space: spaces.Box, threat: ThreatModel, *, clip: bool = False) -> Pixels:
+    """The range that attacked observations stay in: that of pictures; of vectors where asked for, or where norm 0 needs an end.
+
+    Args:
+        space: of one frame.
+        threat: the budget.
+        clip: whether vectors stay inside their space too.
+    """
+    if len(space.shape) > 1 and space.is_bounded():
+        return float(space.low.min()), float(space.high.max())
+    if clip or (threat.norm == 0 and space.is_bounded()):
+        return torch.from_numpy(space.low), torch.from_numpy(space.high)
+    return None

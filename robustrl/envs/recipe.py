@@ -234,14 +234,6 @@ class EnvRecipe:
         """Whether an episode is one life of a game, not a whole game."""
         return self._facts.ends_with_a_life
 
-    @property
-    def pixels(self) -> tuple[float, float] | None:
-        """The range that an attacked picture stays in; None for observations that are no pictures."""
-        space = self.frame_space
-        if len(space.shape) < 2 or not space.is_bounded():
-            return None
-        return float(space.low.min()), float(space.high.max())
-
     def frames(self, observations: NDArray[Any]) -> NDArray[Any]:
         """What attackers and noise meet of raw observations (n, *shape)."""
         if self.normalization is None or self.normalize == "after_noise":

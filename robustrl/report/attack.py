@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from robustrl.errors import CertificateViolationError, check_alpha, check_finite_array, check_real
 from robustrl.files import write_atomically
@@ -33,6 +34,7 @@ class AttackReport:
         certified: certified lower bound at this budget, or None without a certificate.
         success_at: where given, `mean`, `clean_mean`, `upper` and `certified` are not about the return itself but about the
             probability of a return of at least this.
+        label: name of the attack in tables and figures; default its class or objective.
     """
 
     attack: dict[str, Any]
@@ -44,6 +46,7 @@ class AttackReport:
     alpha: float
     certified: float | None = None
     success_at: float | None = None
+    label: str | None = None
 
     def __post_init__(self) -> None:
         if self.certified is not None and self.upper < self.certified:
@@ -58,7 +61,9 @@ class AttackReport:
 
     @property
     def name(self) -> str:
-        """The attack's name in tables and figures: its class, or the objective that a general attack pursues."""
+        """The attack's name in tables and figures: its label, its class, or the objective that a general attack pursues."""
+        if self.label is not None:
+            return self.label
         objective = self.attack.get("objective")
         return str(objective["kind"] if isinstance(objective, dict) and "kind" in objective else self.attack["kind"])
 
@@ -66,6 +71,12 @@ class AttackReport:
     def budget(self) -> float:
         """Episode budget, or the per-step radius where there is none."""
         return float(self.threat["episode"] if self.threat["episode"] is not None else self.threat["step"])
+
+    @property
+    def margin(self) -> float:
+        """Half the width of a 95 % interval of `mean` (Student's, over episodes); no guarantee, other than `upper`."""
+        n = len(self.returns)
+        return math.inf if n < 2 else float(stdtrit(n - 1, 0.975) * np.std(self._outcomes(self.returns), ddof=1) / math.sqrt(n))
 
     @property
     def statistic(self) -> str:
@@ -101,7 +112,7 @@ class AttackReport:
             "alpha": self.alpha,
             "certified": self.certified,
             "success_at": self.success_at,
-        }
+        } | ({} if self.label is None else {"label": self.label})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> AttackReport:
@@ -122,27 +133,30 @@ class AttackReport:
             attack["kind"], threat["episode"], threat["step"]  # what tables and figures read
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not an attack report: {error}") from None
-        facts: dict[str, Any] = {"alpha": alpha, "certified": certified, "success_at": success_at}
+        label = None if data.get("label") is None else str(data["label"])
+        facts: dict[str, Any] = {"alpha": alpha, "certified": certified, "success_at": success_at, "label": label}
         return cls(attack=attack, threat=threat, upper=upper, **facts, **arrays)
 
 
 def attack_table(reports: list[AttackReport]) -> str:
     """A plain-text table, one row per report."""
     lines = [f"{reports[0].statistic}"] if reports and reports[0].success_at is not None else []
+    width = max([14, *(len(r.name) for r in reports)]) + 2
     lines.append(
-        f"{'attack':<16}{'budget':>8}{'episodes':>10}{'clean':>10}{'attacked':>10}{'upper':>10}{'certified':>11}{'spent':>8}"
+        f"{'attack':<{width}}{'budget':>8}{'episodes':>10}{'clean':>10}{'attacked':>10}{'+-':>9}{'upper':>10}{'certified':>11}{'spent':>8}"
     )
     for r in reports:
         digits = 2 if r.success_at is None else 4
         certified = "-" if r.certified is None else f"{r.certified:.{digits}f}"
         lines.append(
-            f"{r.name:<16}{r.budget:>8g}{len(r.returns):>10}{r.clean_mean:>10.{digits}f}{r.mean:>10.{digits}f}"
-            f"{r.upper:>10.{digits}f}{certified:>11}{r.spent.mean():>8.3f}"
+            f"{r.name:<{width}}{r.budget:>8g}{len(r.returns):>10}{r.clean_mean:>10.{digits}f}{r.mean:>10.{digits}f}"
+            f"{r.margin:>9.{digits}f}{r.upper:>10.{digits}f}{certified:>11}{r.spent.mean():>8.3f}"
         )
     level = 100 * (1 - reports[0].alpha) if reports else 95
     what = "attacked mean" if not reports or reports[0].success_at is None else "attacked probability"
     lines.append(
-        f"upper: {level:g}% upper confidence bound of the {what}, each row on its own; an attack shows what is possible, not what is worst"
+        f"+-: 95% interval over episodes; upper: {level:g}% upper confidence bound of the {what}, each row on its own; an attack shows what "
+        "is possible, not what is worst"
     )
     return "\n".join(lines)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -56,6 +56,42 @@ def certificate_figure(
     ax.set_ylim(low - 0.03 * (high - low), high)
     ax.grid(alpha=0.3)
     ax.legend(loc="best")
+    if title:
+        ax.set_title(title)
+    return figure
+
+
+def suite_figure(
+    reports: list[AttackReport], certificate: EpisodeCertificate | None = None, title: str | None = None
+) -> Figure:
+    """Attacked means against the budget, a line per attack with 95 % intervals over episodes, as a matplotlib figure.
+
+    Args:
+        reports: attacks at some budgets, all in one norm and of one policy.
+        certificate: drawn below them if its budgets are in the same norm and of whole episodes.
+        title: default none.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 4.4), layout="constrained")
+    ax = figure.subplots()
+    threat = reports[0].threat
+    norm = "inf" if threat["norm"] == "inf" else f"{threat['norm']:g}"
+    if certificate is not None and threat["episode"] is not None and certificate.noise.norm == threat["norm"]:
+        certificate.draw(ax)
+    names = list(dict.fromkeys(report.name for report in reports))
+    for i, name in enumerate(names):
+        own = sorted((report for report in reports if report.name == name), key=lambda report: report.budget)
+        budgets, means, margins = (np.array([getattr(r, what) for r in own]) for what in ("budget", "mean", "margin"))
+        style: dict[str, Any] = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}
+        ax.errorbar(budgets, means, yerr=margins, marker="o", markersize=3, capsize=2, linewidth=1, label=name, **style)
+    ax.axhline(reports[0].clean_mean, color="0.6", linewidth=1, linestyle="-.", label="no attack")
+    ax.set_xlabel(
+        f"l{norm} {'radius per step' if threat['episode'] is None else 'budget of an episode'} ({threat['units']} units)"
+    )
+    ax.set_ylabel(reports[0].statistic)
+    ax.grid(alpha=0.3)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     if title:
         ax.set_title(title)
     return figure

@@ -9,7 +9,7 @@ import numpy as np
 
 from robustrl.certify.episode import EpisodeCertificate
 from robustrl.report.attack import AttackReport
-from robustrl.report.figures import certificate_figure
+from robustrl.report.figures import certificate_figure, suite_figure
 
 
 def log_certificate(
@@ -57,3 +57,21 @@ def _on_canvas(figure: Any) -> Any:
 
     FigureCanvasAgg(figure)
     return figure
+
+
+def log_attacks(folder: str | os.PathLike[str], reports: list[AttackReport]) -> None:
+    """Add attacks to a TensorBoard folder: a scalar `attack/<name>/budget_<B>` per report, and the figure `attacks`.
+
+    Args:
+        folder: the run's TensorBoard folder.
+        reports: of a suite.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer: Any = SummaryWriter(os.fspath(folder))
+    try:
+        for report in reports:
+            writer.add_scalar(f"attack/{report.name}/budget_{report.budget:g}", report.mean)
+        writer.add_figure("attacks", _on_canvas(suite_figure(reports)))
+    finally:
+        writer.close()

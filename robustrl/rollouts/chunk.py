@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from robustrl.attacks.attacker import Attacker
 from robustrl.attacks.base import Attack
+from robustrl.envs.attack_core import attack_range
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.policy import INFERENCE_BATCH, PolicyView, push_frame, start_stack
 from robustrl.rollouts.engines import make_engine
@@ -220,7 +221,7 @@ def _attacker(job: Job, seed: np.random.SeedSequence, n: int) -> Attacker | None
         n_frames=recipe.frame_stack,
         padding=recipe.stack_padding,
         horizon=recipe.horizon,
-        pixels=recipe.pixels,
+        pixels=attack_range(recipe.frame_space, job.threat),
         generator=torch_generator(seed, victim.device),
     )
 

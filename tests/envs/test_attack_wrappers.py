@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from toys import LinearRule, Steps
 
 import robustrl as rrl
-from robustrl.attacks import Attack, AttackContext, GradientAttack, Greedy, Margin, MinimalFlip
+from robustrl.attacks import Attack, AttackContext, GradientAttack, Greedy, Margin, MinimalFlip, RandomNoise
 from robustrl.envs import AttackObservation, NoiseObservation, add_attack, add_noise
 from robustrl.envs.sb3 import VecAttack
 from robustrl.errors import ChainError
@@ -275,6 +275,55 @@ def test_bytes_are_delivered_in_whole_grey_levels_that_never_wrap(value: int, st
     assert observation.dtype == np.float32
     assert floats.observation_space.contains(observation)
     assert observation == pytest.approx(min(value + step, 255), abs=1e-4)
+
+
+class Half(Attack):
+    """Half a grey level in every entry, with a whole one of norm 2 to spend in each row of the picture."""
+
+    needs_policy = False
+
+    def perturb(self, frames: torch.Tensor, context: AttackContext) -> torch.Tensor:
+        return frames + 0.5
+
+
+def test_what_rounding_leaves_over_can_be_spent() -> None:
+    """30 entries by .5 have norm 2.74: 7 whole levels have 2.65, and rounding alone delivers nothing."""
+    threat = ThreatModel(norm=2, step=3.0, units="uint8")
+    moved = {}
+    for delivery in ("round", "greedy"):
+        observation, info = AttackObservation(Pictures(100), Half(), threat, delivery=delivery).reset()
+        assert observation.dtype == np.uint8
+        moved[delivery] = (np.abs(observation.astype(int) - 100).sum(), info["attack"]["norm"])
+    assert moved == {"round": (0, 0.0), "greedy": (7, math.sqrt(7))}
+
+
+def test_a_radius_of_grey_levels_is_a_whole_number() -> None:
+    with pytest.warns(UserWarning, match="means 2 for observations of integers"):
+        env = AttackObservation(Pictures(100), Push(), ThreatModel(norm=math.inf, step=2.5, units="uint8"), delivery="round")
+    assert env.core.threat.step == 2
+
+
+def test_units_of_single_coordinates_widen_the_space_accordingly() -> None:
+    class Narrow(Steps):
+        observation_space = spaces.Box(-1, 1, (4,), np.float32)
+
+    env = AttackObservation(
+        Narrow(4), RandomNoise("corner"), ThreatModel(norm=math.inf, step=0.5, scale=(1.0, 2.0, 4.0, 8.0)), seed=0
+    )
+    observation, info = env.reset(seed=0)
+    assert np.abs(observation) == pytest.approx([0.5, 1.0, 2.0, 4.0], rel=1e-5)
+    assert info["attack"]["norm"] == pytest.approx(0.5, rel=1e-5)
+    assert env.observation_space.high[-1] == pytest.approx(5.0, rel=1e-5)
+
+
+def test_norm_0_moves_entries_to_the_ends_of_their_range() -> None:
+    class Narrow(Steps):
+        observation_space = spaces.Box(-7, 9, (4,), np.float32)
+
+    env = AttackObservation(Narrow(4), RandomNoise("salt-and-pepper"), ThreatModel(norm=0, step=2), seed=0)
+    observation, info = env.reset(seed=0)
+    assert info["attack"]["norm"] == 2
+    assert set(observation[observation != 0].tolist()) <= {-7.0, 9.0}
 
 
 def test_grey_levels_and_unit_intervals_are_told_apart() -> None:

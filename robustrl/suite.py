@@ -1,0 +1,143 @@
+"""Many attackers at many budgets: no single attack shows how bad it can get."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gymnasium import spaces
+
+from robustrl.api import attack_policy
+from robustrl.attacks import (
+    NES,
+    ActionDeviation,
+    ActionDirection,
+    Attack,
+    GradientAttack,
+    LowValue,
+    Margin,
+    MinimalFlip,
+    MomentumAttack,
+    Pattanaik,
+    RandomNoise,
+    Square,
+    Targeted,
+    Weighted,
+)
+from robustrl.envs.recipe import EnvRecipe
+from robustrl.envs.units import in_frame_units
+from robustrl.errors import check_choice, check_count
+from robustrl.report.attack import AttackReport
+from robustrl.threat import ThreatModel
+from robustrl.training.adversary import train_adversary
+
+FAST: dict[str, Callable[[], Attack]] = {
+    "random": RandomNoise,
+    "corner": lambda: RandomNoise("corner"),
+    "margin": lambda: GradientAttack(Margin()),
+    "MAD": lambda: GradientAttack(ActionDeviation()),
+    "critic": lambda: GradientAttack(LowValue()),
+    "flip": MinimalFlip,
+}
+STRONG: dict[str, Callable[[], Attack]] = {
+    **FAST,
+    "margin, 5 restarts": lambda: GradientAttack(Margin(), steps=40, restarts=5),
+    "MAD, 5 restarts": lambda: GradientAttack(ActionDeviation(), steps=40, restarts=5),
+    "targeted": lambda: GradientAttack(Targeted()),
+    "momentum": lambda: MomentumAttack(Margin()),
+    "Pattanaik": Pattanaik,
+    "square": Square,
+    "NES": NES,
+}
+"""Attacks that need no training, by label; `attack_suite` leaves out those that cannot serve a policy."""
+
+
+def attack_suite(
+    model: Any,
+    env: Any,
+    threats: Sequence[ThreatModel],
+    suite: str = "fast",
+    episodes: int = 50,
+    *,
+    adversary_timesteps: int = 100_000,
+    out: str | os.PathLike[str] | None = None,
+    on_report: Callable[[AttackReport], object] | None = None,
+    on_skip: Callable[[str, str], object] | None = None,
+    seed: int = 1,
+    **options: Any,
+) -> list[AttackReport]:
+    """Attack a policy with a whole suite, budget after budget.
+
+    "fast" has random noise and gradient attacks with a few steps. "strong" adds restarts, momentum, query-only attacks, and for every
+    budget adversaries that are trained (SA-RL, PA-AD) and a critic of the policy's own actions (Robust Sarsa) where they are continuous.
+
+    Args:
+        model: SB3 model or `PolicyView`.
+        env: as for `attack_policy`.
+        threats: budgets.
+        suite: "fast" or "strong".
+        episodes: per attack and budget; the same environment seeds for all.
+        adversary_timesteps: training of each learned attacker; 0 leaves them out.
+        out: folder for finished chunks and trained adversaries: an interrupted run goes on from them.
+        on_report: called with every report as it is made.
+        on_skip: called with an attack's label and the reason why it cannot serve this policy or threat.
+        seed: of the episodes; adversaries learn on others.
+        options: of `attack_policy`.
+    Returns:
+        reports, with the labels of their attacks; the most harmful is `min(reports, key=lambda r: r.mean)` of a budget's.
+    """
+    check_choice("suite", suite, ("fast", "strong"))
+    check_count("adversary_timesteps", adversary_timesteps, least=0)
+    recipe = EnvRecipe.of(env, **{name: options.pop(name) for name in _RECIPE if name in options})
+    view, found = recipe.view(model), []
+    home = None if out is None else Path(out)
+    for number, threat in enumerate(threats):
+        makers = dict(FAST if suite == "fast" else STRONG)
+        if suite == "strong" and adversary_timesteps:
+            makers |= _learned(model, recipe, threat, adversary_timesteps, None if home is None else home / f"budget{number}")
+        here = in_frame_units(threat, recipe)
+        for label, make in makers.items():
+            try:
+                attack = make()
+                attack.check(view, here, recipe.noise)
+            except (TypeError, ValueError) as error:
+                if on_skip is not None:
+                    on_skip(label, str(error))
+                continue
+            chunks = None if home is None else home / f"budget{number}" / label.replace(" ", "-").replace(",", "")
+            report = attack_policy(model, recipe, attack, threat, episodes, seed=seed, out=chunks, **options)
+            found.append(replace(report, label=label))
+            if on_report is not None:
+                on_report(found[-1])
+    return found
+
+
+_RECIPE = ("noise", "frame_stack", "normalization", "max_episode_steps")
+
+
+def _learned(
+    model: Any, recipe: EnvRecipe, threat: ThreatModel, timesteps: int, folder: Path | None
+) -> dict[str, Callable[[], Attack]]:
+    """Attackers that are trained for one budget."""
+    makers: dict[str, Callable[[], Attack]] = {
+        "SA-RL": lambda: train_adversary(model, recipe, threat, timesteps=timesteps, path=_in(folder, "sa-rl.zip")),
+        "PA-AD": lambda: train_adversary(
+            model, recipe, threat, ActionDirection(), timesteps=timesteps, path=_in(folder, "pa-ad.zip")
+        ),
+    }
+    if isinstance(recipe.action_space, spaces.Box):
+        from robustrl.training.robust_sarsa import robust_sarsa
+
+        def values() -> Any:
+            return robust_sarsa(model, recipe, epochs=100, learning_rate=1e-3)
+
+        makers["Robust Sarsa"] = lambda: GradientAttack(LowValue(values()))
+        makers["Robust Sarsa + MAD"] = lambda: GradientAttack(Weighted(((0.99, LowValue(values())), (0.01, ActionDeviation()))))
+    return makers
+
+
+def _in(folder: Path | None, name: str) -> Path | None:
+    return None if folder is None else folder / name
