@@ -4,8 +4,8 @@
 
 The loop repeats the input, draws noise, runs the network, takes the argmax, brings it to the host and counts it element by
 element in Python, 1,000 copies at a time, as the original does. Both draw the same number of noisy copies of one input; the two
-take turns round by round, because a shared machine's speed drifts. "Network" is the forward passes alone, on batches of the size that
-the core uses: the floor. Then: how many samples the sequential decision takes where a fixed number would be 100,000, over inputs whose
+take turns round by round, because a shared machine's speed drifts. "Network" is the forward passes alone in single precision, on batches of
+the size that the core uses: the floor. Then: how many samples the sequential decision takes where a fixed number would be 100,000, over inputs whose
 true class probabilities are spread as a trained network's are.
 """
 
@@ -50,7 +50,12 @@ def ppo() -> Any:
     return PPO("MlpPolicy", "CartPole-v1", seed=0, device="cpu")
 
 
-CASES: dict[str, tuple[Any, tuple[int, ...]]] = {"ppo": (ppo, (4,)), "mlp": (mlp, (4,)), "cnn": (cnn, (1, 28, 28))}
+CASES: dict[str, tuple[Any, tuple[int, ...], torch.dtype | None]] = {
+    "ppo": (ppo, (4,), None),
+    "mlp": (mlp, (4,), None),
+    "cnn": (cnn, (1, 28, 28), None),
+    "cnn, bfloat16 inside": (cnn, (1, 28, 28), torch.bfloat16),
+}
 
 
 def scores(network: Any, x: Tensor) -> Tensor:
@@ -86,12 +91,12 @@ def floor(function: rrl.Smoothed, x: Tensor, n: int) -> float:
 def compare(name: str, rounds: int, n: int) -> dict[str, Any]:
     """Seconds for `n` samples, side by side."""
     torch.manual_seed(0)
-    make, shape = CASES[name]
+    make, shape, amp = CASES[name]
     network = make()
     x = torch.rand(1, *shape)
     n_classes = scores(network, x).shape[1]
     base = PolicyView.from_torch(network, kind="q", observation_shape=shape) if name == "mlp" else network
-    function = rrl.Smoothed(base, rrl.Gaussian(SIGMA), seed=0)
+    function = rrl.Smoothed(base, rrl.Gaussian(SIGMA), seed=0, amp=amp)
     rows = []
     for _ in range(rounds):
         start = time.perf_counter()

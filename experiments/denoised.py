@@ -68,7 +68,7 @@ class Settings:
     attack_budgets: tuple[float, ...]
     attacked: tuple[str, ...]
     attack_episodes: int
-    training: tuple[tuple[str, int], ...] = ()
+    training: tuple[tuple[str, float], ...] = ()
     alpha: float = 0.05
     seed: int = 2020
 
@@ -87,6 +87,7 @@ SETTINGS = {
         attack_budgets=(0.2, 0.6),
         attacked=("as it is", "mse, 5 frames"),
         attack_episodes=40,
+        training=(("rounds", 1), ("clean_share", 0.0), ("updates", 1_000), ("evaluate_episodes", 200)),
     ),
     "hopper": Settings(
         policy="hopper-ppo-sigma0.1",
@@ -101,6 +102,7 @@ SETTINGS = {
         attack_budgets=(0.6, 2.0),
         attacked=("as it is", "mse, 4 frames"),
         attack_episodes=40,
+        training=(("rounds", 4), ("clean_share", 0.5), ("updates", 2_000), ("evaluate_episodes", 0)),
     ),
 }
 
@@ -129,8 +131,8 @@ def trained(name: str, settings: Settings, model: Any, recipe: rrl.EnvRecipe, ob
     path = TRAINED / name / f"{objective}-{history}.pt"
     if not path.exists():
         begin = time.perf_counter()
-        options = {"objective": objective, "history": history, "seed": settings.seed, **dict(settings.training)}
-        denoise(model, recipe, progress_bar=True, **options).save(path)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"objective": objective, "history": history, "seed": settings.seed, **dict(settings.training)}
+        denoise(model, recipe, progress_bar=True, **options).save(path)
         print(f"{name} {objective} {history}: trained in {time.perf_counter() - begin:.0f} s", flush=True)
     return load_denoiser(path)
 
@@ -161,7 +163,12 @@ def attack(
     reports = load_reports(path) if path.exists() else []
     for budget in settings.attack_budgets[len(reports) :]:
         threat = rrl.ThreatModel(norm=2, episode=budget, units=frame_units(recipe))
-        options = {"certificate": certificate, "alpha": settings.alpha, "seed": settings.seed + 1, "n_workers": workers}
+        options: dict[str, Any] = {
+            "certificate": certificate,
+            "alpha": settings.alpha,
+            "seed": settings.seed + 1,
+            "n_workers": workers,
+        }
         reports.append(rrl.attack_policy(view, recipe, settings.attack, threat, settings.attack_episodes, **options))
         save_reports(path, reports)
     return reports

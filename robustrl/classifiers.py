@@ -8,6 +8,8 @@ import json
 import math
 import os
 import time
+import warnings
+import zipfile
 from itertools import takewhile
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,8 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from robustrl.certify.classify import certified
-from robustrl.certify.methods import method_for
+from robustrl.certify.classify import certified, check_noise, fingerprint
+from robustrl.certify.methods import input_method
 from robustrl.certify.radius import SAME, RadiusCertificate
 from robustrl.certify.sampling import Smoothed
 from robustrl.errors import (
@@ -32,7 +34,6 @@ from robustrl.errors import (
 )
 from robustrl.files import write_atomically
 from robustrl.noise import Noise, noise_from_dict
-from robustrl.policy import PolicyView
 from robustrl.report.accuracy import HEADER, AccuracyReport, Row, read_rows
 from robustrl.rollouts.identity import identity
 from robustrl.rollouts.progress import progress_bar
@@ -41,6 +42,9 @@ Images = NDArray[np.float32]
 Labels = NDArray[np.int64]
 
 EVIDENCE = "evidence.jsonl"
+LARGEST = 2.0
+"""Entries of scaled inputs are below this; those of forgotten ones are not."""
+LONE = "a single array"
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
@@ -56,6 +60,7 @@ def certify_images(
     alpha_total: float | None = None,
     method: str = "one-sided",
     norm: float | None = None,
+    bounds: tuple[float, float] | None = None,
     skip: int = 1,
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
@@ -76,6 +81,7 @@ def certify_images(
         alpha_total: of all together, in place of `alpha`.
         method: see `Smoothed.certify`.
         norm: of the radii; default the noise's own.
+        bounds: (low, high) that scores are clipped to, for method "values" alone.
         skip: certify every `skip`-th input.
         seed: of the noise; an input's draws depend on it and on the input's index alone.
         folder: where the log and the evidence go, input by input; a run that was interrupted goes on from them.
@@ -85,7 +91,7 @@ def certify_images(
     Returns:
         AccuracyReport.
     Raises:
-        ValueError: for inputs and labels that do not fit, or bad numbers.
+        ValueError: for inputs and labels that do not fit each other or the model, or bad numbers.
         ChunkError: if the folder holds another run.
     """
     found, y = np.asarray(images), np.asarray(labels)
@@ -98,7 +104,14 @@ def certify_images(
         raise ValueError(f"images must be (N, *shape) and labels N integers >= 0, got shapes {x.shape} and {y.shape}")
     chosen = range(0, len(x), check_count("skip", skip))
     check_count("seed", seed, least=0)
-    exact = method_for(method, "input").exact
+    exact = input_method(method).exact
+    if (method == "values") != (bounds is not None):
+        raise ValueError(
+            f"bounds must be given for method 'values' (--bounds LOW HIGH) and no other, got {bounds} for {method!r}"
+        )
+    probe = Smoothed(model, noise, device=device)
+    check_noise(noise, "input")
+    _check_labels(y, probe, found)
     level = 0.0 if exact else alpha if alpha_total is None else check_alpha(alpha_total, "alpha_total") / len(chosen)
     own = noise.norm if norm is None else norm
     settings = {
@@ -108,10 +121,11 @@ def certify_images(
         "alpha": level,
         "method": method,
         "norm": str(own),
+        "bounds": None if bounds is None else list(bounds),
         "skip": skip,
         "seed": seed,
         "inputs": len(x),
-        "model": _identity(model),
+        "model": fingerprint(probe.function) or identity(model),
         "images": hashlib.sha256(np.ascontiguousarray(found).tobytes()).hexdigest(),
         "labels": _digest_of([int(y[i]) for i in chosen]),
     }
@@ -120,7 +134,7 @@ def certify_images(
         advance(len(log.rows))
         for i in chosen[len(log.rows) :]:
             start = time.perf_counter()
-            function = Smoothed(model, noise, device=device, seed=_seed_of(seed, i), batch_size=batch_size)
+            function = Smoothed(model, noise, bounds=bounds, device=device, seed=_seed_of(seed, i), batch_size=batch_size)
             share = alpha if exact else level  # which exact methods do not look at
             certificate = function.certify(found[i : i + 1], n0, n, share, method=method, norm=norm)[0]
             log.add(Row(i, int(y[i]), certificate.prediction, certificate.radius, time.perf_counter() - start), certificate)
@@ -128,15 +142,11 @@ def certify_images(
     return AccuracyReport(tuple(log.rows), own, f"{noise.scale}, {method}, {'exact' if exact else f'n = {n}'}")
 
 
-def _identity(model: Any) -> str:
-    """What tells models apart: layers and weights, or a function's code."""
-    if not isinstance(model, torch.nn.Module):
-        return PolicyView.of(model).fingerprint() if hasattr(model, "policy") else identity(model)
-    digest = hashlib.sha256(repr(model).encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(np.ascontiguousarray(value.detach().cpu().numpy()).tobytes())
-    return digest.hexdigest()
+def _check_labels(labels: NDArray[Any], smoothed: Smoothed, images: NDArray[Any]) -> None:
+    """Refuse labels that the model has no score for; a single copy of a single image shows how many it has."""
+    classes = smoothed.tally(images[:1], 1).counts.shape[1]
+    if labels.max() >= classes:
+        raise ValueError(f"labels must be below {classes}, the number of the model's classes, got {labels.max()}")
 
 
 def _digest_of(labels: list[int]) -> str:
@@ -217,6 +227,8 @@ def verify_images(folder: str | os.PathLike[str]) -> AccuracyReport:
             evidence = dict(one["evidence"])
             fresh = certified(method, evidence, alpha=alpha, norm=norm, scope="input", noise=noise)
             drawn = evidence["n"] if "n" in evidence else 2 * evidence.get("n_pairs", n / 2)
+            if evidence.get("bounds") != settings.get("bounds"):
+                raise ValueError(f"its scores were clipped to other bounds than the run's {settings.get('bounds')}")
             if drawn != n or sum(evidence.get("selection", [n0])) != n0:
                 raise ValueError(f"it has another number of copies than the run's {n0} and {n}")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -239,34 +251,51 @@ def load_images(path: str | os.PathLike[str], scale: float | None = None) -> tup
     Args:
         path: an .npz with arrays x (or images) and y (or labels); an .npy of inputs beside one of labels called <name>_labels.npy; or
             a folder with one sub-folder of pictures per class, classes in the order of their names, channels first.
-        scale: what inputs are divided by; default 255 for integers, 1 for floats.
+        scale: what inputs are divided by; default 255 for integers, 1 for floats (with a warning, if they are beyond [-2, 2]).
     Returns:
         inputs (N, *shape) float32, and labels (N,) int64.
     Raises:
         ValueError: if there is nothing of the kind, or pictures differ in size.
+        FileNotFoundError: if there is no such file.
     """
     found = Path(path)
     if found.is_dir():
         x, y = _picture_folder(found)
     elif found.suffix == ".npz":
-        with np.load(found, allow_pickle=False) as data:
-            names = [next((name for name in pair if name in data), None) for pair in (("x", "images"), ("y", "labels"))]
-            if None in names:
-                raise ValueError(f"{found} must hold arrays x (or images) and y (or labels), got {sorted(data.files)}")
-            x, y = data[str(names[0])], data[str(names[1])]
+        x, y = _arrays(found, ("x", "images"), ("y", "labels"))
     elif found.suffix == ".npy":
         beside = found.with_name(f"{found.stem}_labels.npy")
         if not beside.exists():
             raise ValueError(f"labels of {found} must be in {beside}, which does not exist")
-        x, y = np.load(found, allow_pickle=False), np.load(beside, allow_pickle=False)
+        (x,), (y,) = (_arrays(part, (LONE,)) for part in (found, beside))
     else:
         raise ValueError(f"path must be an .npz, an .npy, or a folder of pictures, got {os.fspath(path)!r}")
-    if x.dtype.kind not in "fiu" or y.dtype.kind not in "iu" or len(x) != len(y) or y.ndim != 1:
+    if x.dtype.kind not in "fiu" or y.dtype.kind not in "iu" or x.ndim < 2 or y.shape != x.shape[:1] or not len(x):
         raise ValueError(
-            f"{found} must hold numbers and one integer label each, got {x.dtype} {x.shape} and {y.dtype} {y.shape}"
+            f"{found} must hold inputs (N, *shape) and one integer label each, got {x.dtype} {x.shape} and {y.dtype} {y.shape}"
+        )
+    if scale is None and x.dtype.kind == "f" and np.abs(x).max() > LARGEST:
+        warnings.warn(
+            f"inputs of {found} reach {np.abs(x).max():g}, and the noise is in their units: pass scale= (--scale 255 for floats in 0 .. "
+            "255, --scale 1 if they are meant)",
+            stacklevel=2,
         )
     divisor = (255.0 if x.dtype.kind in "iu" else 1.0) if scale is None else check_positive("scale", scale)
     return (x / divisor).astype(np.float32), y.astype(np.int64)
+
+
+def _arrays(path: Path, *wanted: tuple[str, ...]) -> list[NDArray[Any]]:
+    """Arrays of an .npz, each under one of several names, or the `LONE` one of an .npy; ValueError if they are not there."""
+    try:
+        with open(path, "rb") as file:
+            found = np.load(file, allow_pickle=False)
+            data = {LONE: found} if isinstance(found, np.ndarray) else dict(found)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} holds no arrays that can be read without pickle: {error}") from None
+    names = [next((name for name in choice if name in data), None) for choice in wanted]
+    if None in names:
+        raise ValueError(f"{path} must hold {' and '.join(' or '.join(choice) for choice in wanted)}, got {sorted(data)}")
+    return [data[str(name)] for name in names]
 
 
 def _picture_folder(folder: Path) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -6,6 +6,7 @@ Heavy imports happen inside the commands, so that `robustrl --help` is quick.
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -160,7 +161,7 @@ def denoise(
     frame_stack: FrameStack = None,
     history: Annotated[
         int | None,
-        typer.Option(help="Frames that the denoiser sees, if more than the policy takes; 5 helps policies of vectors."),
+        typer.Option(help="Frames that the denoiser sees, if more than the policy takes."),
     ] = None,
     normalization: NormalizationFile = None,
     max_episode_steps: Horizon = None,
@@ -170,9 +171,15 @@ def denoise(
             help="mse, stability, or query (stability through surrogates of a policy that is only asked for actions)."
         ),
     ] = "mse",
-    rounds: Annotated[int, typer.Option(help="How often observations are gathered.")] = 4,
+    rounds: Annotated[int, typer.Option(help="How often observations are gathered.")] = 1,
     observations: Annotated[int, typer.Option(help="Clean observations per round.")] = 20_000,
-    updates: Annotated[int, typer.Option(help="Gradient steps per round.")] = 2_000,
+    clean_share: Annotated[
+        float, typer.Option(help="Part of the observations that comes from the clean agent, not from the smoothed one.")
+    ] = 0.0,
+    updates: Annotated[int, typer.Option(help="Gradient steps per round.")] = 1_000,
+    evaluate_episodes: Annotated[
+        int, typer.Option(help="Smoothed episodes per candidate; that of the highest mean return is kept. 0: the last one.")
+    ] = 200,
     seed: Seed = 0,
     policy_kwargs: PolicyKwargs = None,
     trust: Trust = False,
@@ -181,6 +188,7 @@ def denoise(
     from dataclasses import replace
 
     from robustrl.training.denoise import denoise_run
+    from robustrl.training.run_files import RunInfo
 
     changes = {
         "frame_stack": frame_stack,
@@ -192,10 +200,24 @@ def denoise(
     model, recipe = open_model(target, env, algo, changes, policy_kwargs, trust)
     if mechanism is not None:  # in place of the noise that the policy was trained under, if any
         recipe = replace(recipe, noise=mechanism)
-    settings = {"objective": objective, "history": history, "rounds": rounds, "observations": observations, "updates": updates}
+    settings = {
+        "objective": objective,
+        "history": history,
+        "rounds": rounds,
+        "observations": observations,
+        "clean_share": clean_share,
+        "updates": updates,
+        "evaluate_episodes": evaluate_episodes,
+    }
     file = target / "model.zip" if target.is_dir() else target if target.exists() else target.with_suffix(".zip")
     denoise_run(file, model, recipe, out, seed=seed, progress_bar=True, **settings)
     print(f"denoised {target} on {recipe.label}, noise {recipe.noise}: {out}; the policy's weights are the same bit by bit")
+    returns = RunInfo.load(out).denoiser["mean_returns"]
+    if returns:
+        after, best = max(returns, key=lambda row: row[1])
+        print(
+            f"mean return of {evaluate_episodes} smoothed episodes: {returns[0][1]:.4g} at first, {best:.4g} after {after} updates"
+        )
     print(f"next: robustrl certify {out}")
 
 
@@ -469,12 +491,24 @@ def plot(
     from robustrl.report.figures import certificate_figure
 
     path = target / "certificate.json" if target.is_dir() else target
+    if not path.exists():
+        raise FileNotFoundError(f"no certificate {path}: {_instead(path.parent)}")
     certificate = EpisodeCertificate.load(path)
     attacks = path.parent / "attack.json"
     reports = load_reports(attacks) if attacks.exists() and certificate.statistic != "quantile" else []
     figure = out or path.parent / "certificate.png"
     save_figure(certificate_figure(certificate, reports), figure)
     print(f"figure: {figure}")
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without a certificate of episodes holds, and what to do with it."""
+    known = {
+        "log.tsv": "the folder holds certificates of inputs, which certify-images has drawn in accuracy.png",
+        "trace.json": "the folder holds the trace of an episode, which trace has drawn in trace.png",
+        "model.zip": f"the folder holds a model, run robustrl certify {folder} first",
+    }
+    return next((text for name, text in known.items() if (folder / name).exists()), "run robustrl certify first")
 
 
 @app.command()
@@ -507,6 +541,7 @@ app.command()(cli_inputs.certify_images)
 
 def main() -> None:
     """Entry point: bad input ends in one line on stderr and exit status 2."""
+    warnings.formatwarning = lambda message, *_, **__: f"robustrl: warning: {message}\n"
     if sys.argv[1:] == []:
         sys.argv.append("--help")
     try:
@@ -520,7 +555,10 @@ def main() -> None:
         text = error.format_message() if hasattr(error, "format_message") else f"{type(error).__name__}: {error}"
         _fail(" ".join(text.split()), 2)
     if status == INTERRUPTED:
-        _fail("interrupted; certify and attack go on from their finished chunks when repeated, train starts again", INTERRUPTED)
+        _fail(
+            "interrupted; certify, attack and certify-images go on where they were when repeated, others start again",
+            INTERRUPTED,
+        )
     sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -28,7 +28,7 @@ from robustrl.options import (
     read_normalization,
 )
 
-MethodName = Annotated[str, typer.Option(help="one-sided, two-sided, second-order, second-order-pairs or dipole.")]
+METHOD_NAMES = "one-sided, two-sided, second-order, second-order-pairs, dipole, or splitting (for DeterministicSplitting noise)"
 Copies = Annotated[int, typer.Option("--n", help="Noisy copies of each input that give the evidence.")]
 ChoosingCopies = Annotated[int, typer.Option("--n0", help="Noisy copies of each input that choose the class.")]
 
@@ -46,7 +46,7 @@ def trace(
     alpha: Annotated[float, typer.Option(help="Failure probability of all steps together.")] = 0.05,
     n: Copies = 1000,
     n0: ChoosingCopies = 100,
-    method: MethodName = "one-sided",
+    method: Annotated[str, typer.Option(help=f"{METHOD_NAMES}.")] = "one-sided",
     seed: Seed = 0,
     out: Out = None,
     policy_kwargs: PolicyKwargs = None,
@@ -65,6 +65,9 @@ def trace(
         "max_episode_steps": max_episode_steps,
         "env_kwargs": parse_object("--env-kwargs", env_kwargs),
     }
+    folder = out or (target if target.is_dir() else Path("runs") / target.stem)
+    if (folder / "trace.json").exists():
+        raise FileExistsError(f"{folder} already holds a trace; choose another --out, or delete it")
     model, recipe = open_model(target, env, algo, changes, policy_kwargs, trust)
     recipe = EnvRecipe.of(recipe, noise=parse_noise(sigma, noise))  # a second noise is refused
     chosen = recipe.noise
@@ -72,7 +75,6 @@ def trace(
         raise ValueError("--sigma or --noise must be given: the run has no noise of its own")
     agent = MajorityVoteAgent(recipe.view(model), chosen, seed=seed)
     found = radius_trace(agent, replace(recipe, noise=None), alpha=alpha, n0=n0, n=n, method=method, seed=seed, progress=True)
-    folder = out or (target if target.is_dir() else Path("runs") / target.stem)
     folder.mkdir(parents=True, exist_ok=True)
     found.save(folder / "trace.json")
     found.plot(folder / "trace.png")
@@ -93,18 +95,19 @@ def certify_images(
     n0: ChoosingCopies = 100,
     alpha: Annotated[float, typer.Option(help="Failure probability of each certificate.")] = 0.001,
     alpha_total: Annotated[float | None, typer.Option(help="Of all certificates together, in place of --alpha.")] = None,
-    method: MethodName = "one-sided",
+    method: Annotated[str, typer.Option(help=f"{METHOD_NAMES}, or values (with --bounds).")] = "one-sided",
+    bounds: Annotated[
+        tuple[float, float] | None, typer.Option(help="LOW HIGH: the range that scores are clipped to, for --method values.")
+    ] = None,
     norm: Annotated[str | None, typer.Option(help="1, 2 or inf; default the noise's own.")] = None,
     scale: Annotated[float | None, typer.Option(help="Divide inputs by this; default 255 for integers, 1 for floats.")] = None,
     skip: Annotated[int, typer.Option(help="Certify every so many inputs.")] = 1,
     seed: Seed = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",
     trust: Annotated[bool, typer.Option("--trust", help="Load a TorchScript file, which is a program.")] = False,
 ) -> None:
     """Certify a classifier on labelled inputs; goes on where it was interrupted."""
     import sys
-
-    import torch
 
     from robustrl.classifiers import certify_images as run
     from robustrl.classifiers import load_classifier, load_images
@@ -113,7 +116,7 @@ def certify_images(
     if chosen is None:
         raise ValueError("--sigma or --noise must be given")
     sys.path.insert(0, "")  # a module beside the data, as Python itself finds it
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    place = parse_device(device)
     x, y = load_images(data, scale)
     report = run(
         load_classifier(model, weights, place, trust=trust),
@@ -125,6 +128,7 @@ def certify_images(
         alpha=alpha,
         alpha_total=alpha_total,
         method=method,
+        bounds=bounds,
         norm=None if norm is None else parse_number("--norm", norm),
         skip=skip,
         seed=seed,
@@ -135,3 +139,17 @@ def certify_images(
     report.plot(out / "accuracy.png")
     print(report.table())
     print(f"log: {out / 'log.tsv'}, evidence: {out / 'evidence.jsonl'}, figure: {out / 'accuracy.png'}")
+
+
+def parse_device(text: str) -> str:
+    """A device that is there, "auto" resolved; a torch import, so not for start-up."""
+    import torch
+
+    if text == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = text.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise ValueError(f"--device must be cpu, cuda, cuda:N or auto, got {text!r}")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {text}: torch sees {torch.cuda.device_count()} CUDA device(s) here")
+    return text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 from robustrl.classifiers import certify_images, load_classifier, load_images, verify_images
 from robustrl.errors import CertificateError, ChunkError, UnsafeModelError
 from robustrl.noise import DeterministicSplitting, Gaussian, Uniform
+from robustrl.policy import PolicyView
 from robustrl.report.accuracy import AccuracyReport, Row
 
 GENERATOR = np.random.default_rng(0)
@@ -101,7 +103,7 @@ def test_another_run_does_not_go_on_from_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_run_that_failed_at_once_does_not_block_its_folder(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"does not take inputs of shape \(1, 1, 2\)"):
         certify_images(sign(), X[:, :, :1], Y, Gaussian(0.3), n=2000, folder=tmp_path)
     with pytest.raises(ValueError, match="norm must be"):
         certified(folder=tmp_path, norm=7)
@@ -138,6 +140,26 @@ def test_other_labels_or_copies_than_the_runs_do_not_verify(tmp_path: Path) -> N
         (tmp_path / "settings.json").write_text(broken)
         with pytest.raises(CertificateError, match="holds no certificates"):
             verify_images(tmp_path)
+
+
+def test_bounded_scores_of_a_data_set_verify_within_the_runs_bounds(tmp_path: Path) -> None:
+    report = certified(folder=tmp_path, method="values", bounds=(-1.0, 1.0), n=5000)
+    assert report.accuracy > 0
+    assert [row[:4] for row in verify_images(tmp_path).rows] == [row[:4] for row in report.rows]
+    with pytest.raises(ChunkError, match="different bounds"):
+        certified(folder=tmp_path, method="values", bounds=(-2.0, 1.0), n=5000)
+    text = (tmp_path / "evidence.jsonl").read_text()
+    (tmp_path / "evidence.jsonl").write_text(text.replace('"bounds": [-1.0, 1.0]', '"bounds": [-1.0, 0.9]', 1))
+    with pytest.raises(CertificateError, match="other bounds"):
+        verify_images(tmp_path)
+
+
+def test_a_policy_is_certified_on_a_data_set_too(tmp_path: Path) -> None:
+    view = PolicyView.from_torch(nn.Linear(4, 2), kind="q", observation_shape=(4,))
+    x = X.reshape(12, 4)
+    certify_images(view, x, Y, Gaussian(0.3), n=100, folder=tmp_path)
+    assert json.loads((tmp_path / "settings.json").read_text())["model"] == view.fingerprint()
+    assert certify_images(lambda rows: view.scores(rows), x, Y, Gaussian(0.3), n=100).rows
 
 
 def test_exact_votes_of_a_data_set_verify_too(tmp_path: Path) -> None:
@@ -188,6 +210,16 @@ def test_inputs_come_from_npz_npy_and_folders_of_pictures(tmp_path: Path) -> Non
     assert load_images(tmp_path / "a.npz", scale=1)[0].max() > 1
 
 
+def test_forgotten_scales_are_warned_about(tmp_path: Path) -> None:
+    for name, x in {"bytes": X * 0 + 255, "unit": X / 10}.items():
+        np.savez(tmp_path / f"{name}.npz", x=x.astype(np.float32), y=Y)
+    with pytest.warns(UserWarning, match="reach 255, .*--scale 255"):
+        load_images(tmp_path / "bytes.npz")
+    for name, scale in (("bytes", 255.0), ("bytes", 1.0), ("unit", None)):
+        with warnings.catch_warnings(action="error"):
+            load_images(tmp_path / f"{name}.npz", scale)
+
+
 def test_coloured_pictures_have_their_channels_first(tmp_path: Path) -> None:
     (tmp_path / "c" / "x").mkdir(parents=True)
     Image.fromarray(GENERATOR.integers(0, 256, size=(4, 6, 3), dtype=np.uint8)).save(tmp_path / "c" / "x" / "0.png")
@@ -199,15 +231,35 @@ def test_data_that_is_none_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "b.npz", x=X, y=Y[:5])
     np.savez(tmp_path / "c.npz", x=X, y=Y.astype(float))
     np.save(tmp_path / "d.npy", X)
+    np.savez(tmp_path / "h.npz", x=X, y=Y[0])
+    np.savez(tmp_path / "i.npz", x=X[0, 0, 0, 0], y=Y[0])
+    np.savez(tmp_path / "j.npz", x=np.array([{}]), y=Y[:1])
+    (tmp_path / "k.npz").write_text("these are no arrays")
+    (tmp_path / "l.npz").write_bytes((tmp_path / "b.npz").read_bytes()[:200])
+    (tmp_path / "m.npz").write_bytes((tmp_path / "d.npy").read_bytes())
+    (tmp_path / "n.npy").write_text("")
+    (tmp_path / "n_labels.npy").write_bytes((tmp_path / "b.npz").read_bytes())
+    np.savez(tmp_path / "o.npz", x=X[:0], y=Y[:0])
+    np.save(tmp_path / "p.npy", X)
+    (tmp_path / "p_labels.npy").write_bytes((tmp_path / "b.npz").read_bytes())
     (tmp_path / "e").mkdir()
     (tmp_path / "f" / "x").mkdir(parents=True)
     for i in (4, 5):
         Image.fromarray(np.zeros((i, i), dtype=np.uint8)).save(tmp_path / "f" / "x" / f"{i}.png")
     for name, message in {
-        "a.npz": "must hold arrays x",
+        "a.npz": "must hold x or images",
         "b.npz": "one integer label each",
         "c.npz": "one integer label each",
         "d.npy": "d_labels.npy, which does not exist",
+        "h.npz": "one integer label each",
+        "i.npz": "one integer label each",
+        "j.npz": "holds no arrays that can be read",
+        "k.npz": "holds no arrays that can be read",
+        "l.npz": "holds no arrays that can be read",
+        "m.npz": "must hold x or images and y or labels, got",
+        "n.npy": "holds no arrays that can be read",
+        "o.npz": "one integer label each",
+        "p.npy": "p_labels.npy must hold a single array, got",
         "e": "found none",
         "f": "one size",
         "g.txt": "path must be",
@@ -226,11 +278,22 @@ def test_data_that_is_none_is_refused(tmp_path: Path) -> None:
         ({"skip": 0}, "skip must be"),
         ({"alpha_total": 2.0}, "alpha_total must be"),
         ({"seed": -1}, "seed must be"),
+        ({"labels": Y + 1}, "labels must be below 2, the number of the model's classes, got 2"),
+        ({"noise": Gaussian(0.0)}, "sigma > 0"),
+        ({"method": "sequential"}, "splitting, got 'sequential'"),
+        ({"method": "values"}, "bounds must be given for method 'values'"),
+        ({"bounds": (-1, 1)}, "and no other"),
+        ({"method": "values", "bounds": (1, -1)}, "low < high"),
     ],
 )
 def test_bad_input_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         certify_images(**({"model": sign(), "images": X, "labels": Y, "noise": Uniform(0.3)} | changes))
+
+
+def test_a_number_is_no_noise() -> None:
+    with pytest.raises(TypeError, match="noise must be a robustrl noise mechanism"):
+        certify_images(sign(), X, Y, 0.3)  # type: ignore[arg-type]
 
 
 def test_bytes_and_deep_pictures_are_not_taken_for_what_they_are_not(tmp_path: Path) -> None:

@@ -337,7 +337,8 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "another model": (("verify", "HERE/run/certificate.json", "--model", "HERE/agent.zip"), "the model is not the certified one"),
     "missing model": (("verify", "HERE/run/certificate.json", "--model", "HERE/nothing.zip"), "no model file"),
     "zero replays": (("verify", "HERE/run/certificate.json", "--replay", 0), "replay must be"),
-    "nothing to plot": (("plot", "HERE/empty"), "No such file"),
+    "nothing to plot": (("plot", "HERE/empty"), "run robustrl certify first"),
+    "only a model to plot": (("plot", "HERE/norun"), "the folder holds a model, run robustrl certify"),
     "bad certificate to plot": (("plot", "HERE/spoilt"), "field 'schema'"),
     "format": (("plot", "HERE/run", "--out", "HERE/figure.jpg"), "suffix of path must be one of"),
     "train over a model": (("train", "--env", "CartPole-v1", "--sigma", 0.2, "--out", "HERE/run"), "already holds a model"),
@@ -422,6 +423,23 @@ def test_a_message_of_several_lines_becomes_one(robustrl: Run, monkeypatch: pyte
     assert robustrl("certify", ward / "run").err == "robustrl: ValueError: first second third\n"
 
 
+@pytest.mark.parametrize(("file", "figure"), [("log.tsv", "accuracy.png"), ("trace.json", "trace.png")])
+def test_plot_says_where_figures_of_other_commands_are(robustrl: Run, tmp_path: Path, file: str, figure: str) -> None:
+    (tmp_path / file).touch()
+    (tmp_path / "model.zip").touch()
+    assert f"drawn in {figure}" in robustrl("plot", tmp_path).err
+
+
+def test_a_warning_is_one_line_of_ours(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x=np.zeros((1, 2), np.float32), y=np.zeros(1, int))
+    (tmp_path / "my_networks.py").write_text("import torch\ndef small(): return torch.nn.Linear(2, 2)\n")
+    script = Path(sys.executable).with_name("robustrl")
+    words = "certify-images my_networks:small data.npz --sigma 0.3 --n 5 --out runs"
+    done = subprocess.run([script, *words.split()], cwd=tmp_path, capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if "warn" in line.lower()]
+    assert lines == ["robustrl: warning: n = 5 samples can never certify at alpha = 0.001: every input abstains"]
+
+
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, EOFError])
 def test_an_interrupt_says_how_to_go_on(robustrl: Run, run_directory: Path, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
     def stop(*_: Any, **__: Any) -> None:
@@ -432,7 +450,7 @@ def test_an_interrupt_says_how_to_go_on(robustrl: Run, run_directory: Path, monk
     assert done.status == 130
     assert (
         done.err.strip()
-        == "robustrl: interrupted; certify and attack go on from their finished chunks when repeated, train starts again"
+        == "robustrl: interrupted; certify, attack and certify-images go on where they were when repeated, others start again"
     )
     assert not (run_directory / "certificate.json").exists()
     monkeypatch.undo()

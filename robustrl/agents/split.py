@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from gymnasium import Env, spaces
 from numpy.typing import NDArray
 
-from robustrl.certify.classify import certified
+from robustrl.certify.classify import certified, provenance
 from robustrl.certify.radius import RadiusCertificate
 from robustrl.certify.splitting import Budget, Counts, SplittingVotes, certify_splitting
 from robustrl.errors import check_count
@@ -113,12 +113,14 @@ class SplitEpisode:
         rewards: (T,).
         mechanism: the splitting.
         n_frames: frames in one observation of the policy, as far as it knows.
+        provenance: hashes of policy and observations (T, *observation), for certificates.
     """
 
     counts: Counts
     rewards: NDArray[np.float64]
     mechanism: DeterministicSplitting
     n_frames: int = 1
+    provenance: dict[str, str] = field(default_factory=dict)
 
     def radius(self, budget: Budget = "episode", *, n_frames: int | None = None, padding: Padding = "reset") -> float:
         """l1 budget, in observation units, of attacks that change no action and no state of this trajectory.
@@ -141,8 +143,8 @@ class SplitEpisode:
         """
         frames = self.n_frames if n_frames is None else n_frames
         evidence = {"counts": self.counts.tolist(), "n_frames": frames, "padding": padding, "budget": budget}
-        noise = self.mechanism
-        return certified("splitting-trajectory", evidence, alpha=0.0, norm=1, scope="trajectory", noise=noise)
+        about: dict[str, Any] = {"scope": "trajectory", "noise": self.mechanism, "provenance": self.provenance}
+        return certified("splitting-trajectory", evidence, alpha=0.0, norm=1, **about)
 
 
 def play_episode(
@@ -159,13 +161,15 @@ def play_episode(
         ValueError: if the episode is longer than `max_steps`: a part of a trajectory certifies nothing about the rest.
     """
     observation, _ = env.reset(seed=seed)
-    counts, rewards = [], []
+    seen, counts, rewards = [], [], []
     for _ in range(check_count("max_steps", max_steps)):
         action, _ = agent.predict(observation)
         assert agent.votes is not None
+        seen.append(np.array(observation))
         observation, reward, terminated, truncated, _ = env.step(action)
         counts.append(agent.votes.counts[0])
         rewards.append(float(reward))
         if terminated or truncated:
-            return SplitEpisode(np.stack(counts), np.array(rewards), agent.mechanism, agent.policy.n_frames)
+            (origin,) = provenance(agent.policy, np.stack(seen)[None])
+            return SplitEpisode(np.stack(counts), np.array(rewards), agent.mechanism, agent.policy.n_frames, origin)
     raise ValueError(f"max_steps must be at least the episode's length; it still runs after {max_steps} steps")

@@ -99,6 +99,9 @@ class VotingAgent(ABC):
 class MajorityVoteAgent(VotingAgent):
     """A policy with discrete actions that does what most noisy copies of its observation say.
 
+    Args:
+        model, noise, options: see `VotingAgent`.
+
     Examples:
         >>> import gymnasium as gym, robustrl as rrl
         >>> from stable_baselines3 import PPO
@@ -124,7 +127,8 @@ class MajorityVoteAgent(VotingAgent):
         n0: int = 100,
         n: int = 10_000,
         method: str = "one-sided",
-        **options: Any,
+        norm: float | None = None,
+        alpha_total: float | None = None,
     ) -> list[RadiusCertificate]:
         """How far an attacker must move each observation before the majority's action changes.
 
@@ -133,17 +137,32 @@ class MajorityVoteAgent(VotingAgent):
             alpha: failure probability of each certificate; divide by the number of steps for all of an episode's.
             n0: noisy copies that choose the action.
             n: noisy copies that give the evidence.
-            method: "one-sided", "two-sided", "second-order" or "dipole"; see `Smoothed.certify`.
-            options: of `Smoothed.certify`.
+            method: "one-sided", "two-sided", "second-order", "second-order-pairs", "dipole" or "splitting"; see `Smoothed.certify`.
+            norm: of the radius; default the noise's own.
+            alpha_total: failure probability of all certificates together, in place of `alpha`.
         Returns:
             RadiusCertificate per observation, of scope "step". The action that it is about is the majority's over infinitely
             many copies.
+        Raises:
+            ValueError: for bad numbers, or a statement that has no proof, which it explains.
         """
+        if method == "values":
+            raise ValueError("method must be one that counts actions, got 'values': see certify_values")
         found, _ = self._batch(observation)
-        return self.smoothed.certify(found, n0, n, alpha, method=method, scope="step", **options)
+        options: dict[str, Any] = {"method": method, "norm": norm, "alpha_total": alpha_total}
+        return self.smoothed.certify(found, n0, n, alpha, scope="step", **options)
 
     def certify_values(
-        self, observation: Any, low: float, high: float, *, alpha: float = 0.001, n0: int = 100, n: int = 10_000, **options: Any
+        self,
+        observation: Any,
+        low: float,
+        high: float,
+        *,
+        alpha: float = 0.001,
+        n0: int = 100,
+        n: int = 10_000,
+        norm: float | None = None,
+        alpha_total: float | None = None,
     ) -> list[RadiusCertificate]:
         """The same for the action of highest mean value over the noise, values clipped to [low, high].
 
@@ -154,7 +173,8 @@ class MajorityVoteAgent(VotingAgent):
             alpha: failure probability of each certificate; it is split over all actions.
             n0: noisy copies that choose the action.
             n: noisy copies that give the evidence.
-            options: of `Smoothed.certify`.
+            norm: of the radius; default the noise's own.
+            alpha_total: failure probability of all certificates together, in place of `alpha`.
         Raises:
             TypeError: if the policy's scores are no action values.
         Source: Wu et al., "CROP: Certifying Robust Policies for Reinforcement Learning through Functional Smoothing" (ICLR 2022),
@@ -164,6 +184,7 @@ class MajorityVoteAgent(VotingAgent):
             raise TypeError(f"the policy must give action values (DQN), its scores are {self.policy.kind}")
         found, _ = self._batch(observation)
         smoothed = Smoothed(self.policy, self.noise, bounds=(low, high), seed=self.smoothed.next_stream())
+        options: dict[str, Any] = {"norm": norm, "alpha_total": alpha_total}
         return smoothed.certify(found, n0, n, alpha, method="values", scope="step", **options)
 
 
@@ -186,6 +207,10 @@ class ActionInterval:
 
 class MedianAgent(VotingAgent):
     """A policy with continuous actions whose every action is, entry by entry, the median over noisy copies of its observation.
+
+    Args:
+        model, noise, options: see `VotingAgent`.
+        votes: noisy copies per action, an odd number.
 
     Examples:
         >>> import gymnasium as gym, robustrl as rrl

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from typing import Any, cast
 
 import numpy as np
+import torch
 from scipy.stats import binom
+from torch import nn
 
-from robustrl.certify.methods import METHODS, Evidence, answer_of, exclusions, method_for
+from robustrl.certify.methods import METHODS, Evidence, answer_of, exclusions, input_method, method_for
 from robustrl.certify.radius import ABSTAIN, RadiusCertificate, Scope
 from robustrl.certify.sampling import Counts, Smoothed, Tally
 from robustrl.certify.second_order import SplitMeans
 from robustrl.certify.sequential import log_wealth, threshold
 from robustrl.certify.splitting import count_votes
 from robustrl.errors import check_alpha, check_choice, check_count
-from robustrl.noise import DeterministicSplitting, Noise
+from robustrl.noise import DeterministicSplitting, Gaussian, Noise
+from robustrl.policy import PolicyView
 
 
 def predict(smoothed: Smoothed, x: Any, n: int = 1000, alpha: float = 0.001) -> Counts:
@@ -71,23 +75,20 @@ def certify(
         alpha_total: failure probability of all certificates together, in place of `alpha`.
         scope: "input", or "step" for a policy.
     Returns:
-        RadiusCertificate per input; it abstains where nothing can be said.
+        RadiusCertificate per input; it abstains where nothing can be said. Its `provenance` is that of the function below.
     Raises:
         ValueError: for bad numbers, or a statement that has no proof, which it explains.
     Source: Cohen, Rosenfeld, Kolter (ICML 2019), arXiv:1902.02918; two-sided with the level split over all classes; second
         order and dipole: arXiv:2010.10549.
     """
-    method_for(method, scope)
-    if method in ("sequential", "splitting-trajectory"):
-        raise ValueError(f"method must be about one input with a fixed n, got {method!r}: that has a function of its own")
-    if scope in ("input", "step"):
-        smoothed.noise.require(scope)
+    input_method(method, scope)
+    check_noise(smoothed.noise, scope)
     check_count("n0", n0)
     check_count("n", n)
     inputs = smoothed.inputs(x)
     if method == "splitting":
         check_choice("norm", 1 if norm is None else norm, (1,))
-        return _exactly(smoothed, inputs, scope)
+        return _exactly(smoothed, x, scope)
     level = check_alpha(alpha) if alpha_total is None else check_alpha(alpha_total, "alpha_total") / len(inputs)
     share, trials = level if method == "one-sided" else level / 2, n // 2 if method == "dipole" else n
     if method != "values" and share ** (1 / max(trials, 1)) <= 0.5:
@@ -108,6 +109,7 @@ def certify(
         gradient=method.startswith("second-order"),
         values=method == "values",
     )
+    origins = provenance(smoothed.function, x)
     return [
         certified(
             method,
@@ -116,20 +118,57 @@ def certify(
             alpha=level,
             scope=scope,
             noise=smoothed.noise,
+            provenance=origins[i],
         )
         for i, c in enumerate(classes)
     ]
 
 
-def _exactly(smoothed: Smoothed, inputs: Any, scope: str) -> list[RadiusCertificate]:
+def provenance(function: Any, x: Any) -> list[dict[str, str]]:
+    """What each certificate says about its origin: the hashes of the base function (`fingerprint`, if it has one) and of the input.
+
+    An input's is sha256 over the text of dtype and shape, e.g. "float32(3, 8, 8)", and the bytes, as it was given.
+    """
+    mark = fingerprint(function)
+    return [({} if mark is None else {"model": mark}) | {"input": _digest(part)} for part in torch.as_tensor(x)]
+
+
+def fingerprint(function: Any) -> str | None:
+    """SHA-256 over a module's layers and weights, a policy's decision rule included; None for a callable without them."""
+    if isinstance(function, PolicyView):
+        return function.fingerprint()
+    if not isinstance(function, nn.Module):
+        return None
+    state = {name: value for name, value in function.state_dict().items() if isinstance(value, torch.Tensor)}
+    text = repr(function) + "".join(f"{name}{_digest(value)}" for name, value in sorted(state.items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest(part: torch.Tensor) -> str:
+    host = part.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{host.dtype}{tuple(host.shape)}".removeprefix("torch.").encode())
+    digest.update(host.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_noise(noise: Noise, scope: str) -> None:
+    """Raise ValueError unless the mechanism can certify something about one input or step."""
+    if scope in ("input", "step"):
+        noise.require(scope)
+    if isinstance(noise, Gaussian) and noise.smallest == 0:
+        raise ValueError(f"noise must have sigma > 0, got {noise}: without noise no radius can be certified")
+
+
+def _exactly(smoothed: Smoothed, x: Any, scope: str) -> list[RadiusCertificate]:
     """Votes of all noisy copies, where there are finitely many."""
     noise = smoothed.noise
     if not isinstance(noise, DeterministicSplitting):
         raise ValueError(f"noise must be a DeterministicSplitting for method 'splitting', got {noise}")
     with smoothed.evaluating() as scores:
-        votes = count_votes(scores, inputs, noise, batch_size=smoothed.batch_size)
+        votes = count_votes(scores, smoothed.inputs(x), noise, batch_size=smoothed.batch_size)
     return [
-        certified("splitting", {"counts": counts.tolist()}, alpha=0.0, norm=1, scope=scope, noise=noise) for counts in votes
+        certified("splitting", {"counts": counts.tolist()}, alpha=0.0, norm=1, scope=scope, noise=noise, provenance=origin)
+        for counts, origin in zip(votes, provenance(smoothed.function, x), strict=True)
     ]
 
 
@@ -162,7 +201,7 @@ def decide(
         "undecided". `evidence["n"]` is how many copies it took.
     """
     method_for("sequential", scope)
-    smoothed.noise.require(scope)
+    check_noise(smoothed.noise, scope)
     inputs, level = smoothed.inputs(x), threshold(smoothed.noise, radius)
     share = check_alpha(alpha) if alpha_total is None else check_alpha(alpha_total, "alpha_total") / len(inputs)
     check_count("max_n", max_n)
@@ -181,6 +220,7 @@ def decide(
         for i, above, below in zip(running, *log_wealth(hits[running], n, level), strict=True):
             answers[i] = answer_of(above, below, share)
         running = np.flatnonzero(answers == "undecided")
+    origins = provenance(smoothed.function, x)
     return [
         certified(
             "sequential",
@@ -196,6 +236,7 @@ def decide(
             alpha=share,
             scope=scope,
             noise=smoothed.noise,
+            provenance=origins[i],
         )
         for i in range(n_inputs)
     ]

@@ -125,6 +125,19 @@ def method_for(name: str, scope: str) -> Method:
     return METHODS[name]
 
 
+def input_method(name: str, scope: str = "input") -> Method:
+    """The method of that name, if it is one of `Smoothed.certify`.
+
+    Raises:
+        ValueError: see `method_for`; an unknown name is answered with those of `Smoothed.certify` alone.
+    """
+    taken = tuple(key for key, method in METHODS.items() if "input" in method.scopes and key != "sequential")
+    method = method_for(name, scope) if name in METHODS else None
+    if method is None or name not in taken:
+        raise ValueError(f"method must be one of {', '.join(taken)}, got {name!r}")
+    return method
+
+
 def exclusions(certificate: RadiusCertificate) -> tuple[str, ...]:
     """What a certificate of a radius does not cover, in sentences."""
     method = METHODS[certificate.method]

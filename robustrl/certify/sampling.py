@@ -30,7 +30,7 @@ Counts = NDArray[np.int64]
 FINEST = 2.0**-13
 """Smallest noise relative to the largest entry of an input: a thousand steps of single precision."""
 
-ROWS_CPU, ROWS_GPU = (32, 8192), (32, 65536)
+ROWS_CPU, ROWS_GPU = (32, 4096), (32, 65536)
 """Fewest and most noisy copies per forward pass: what amortises a call, and stays in a processor's cache."""
 ENTRIES_CPU, ENTRIES_GPU = 2**17, 2**27
 """Most entries of one pass's noisy copies, unless these are fewer than the fewest."""
@@ -271,7 +271,7 @@ class Smoothed:
             out.normal_(generator=generator)
         if noise is not None:
             noise.copy_(out)
-        out.mul_(self.noise.sigma).add_(clean)
+        torch.add(clean, out, alpha=self.noise.sigma, out=out)
 
     def rows(self, x: Tensor) -> int:
         """Noisy copies per pass of the base function."""
@@ -299,8 +299,14 @@ class Smoothed:
         casting: AbstractContextManager[Any] = nullcontext()
         if self.amp is not None:
             casting = torch.autocast(self.device.type, self.amp)
-        with casting:
-            found = [function(part) for part in torch.split(rows, self.batch_size or len(rows))]
+        try:
+            with casting:
+                found = [function(part) for part in torch.split(rows, self.batch_size or len(rows))]
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:  # out of memory, say
+                raise
+            what = f"{tuple(rows.shape[1:])}, {str(rows.dtype).removeprefix('torch.')}, on {rows.device}"
+            raise ValueError(f"the base function does not take inputs of shape {what}: {error}") from error
         for part in found:
             if not isinstance(part, Tensor) or part.ndim != 2:
                 hint = "; pass the SB3 model, not its policy" if hasattr(self.base, "get_distribution") else ""

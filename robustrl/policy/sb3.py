@@ -63,7 +63,8 @@ def networks_of(model: Any, *, frame_space: spaces.Space[Any] | None = None) -> 
     from stable_baselines3.td3.policies import TD3Policy
 
     if not isinstance(model, BaseAlgorithm):
-        raise TypeError(f"model must be a Stable-Baselines3 model, got {type(model).__name__}")
+        hint = "; pass agent.view, and frame_stack=agent.frame_stack" if hasattr(model, "check_frozen") else ""
+        raise TypeError(f"model must be a Stable-Baselines3 model, got {type(model).__name__}{hint}")
     policy, name = model.policy, type(model).__name__
     shape = observation_shape(policy.observation_space, name)
     if not isinstance(policy.action_space, spaces.Discrete | spaces.Box):

@@ -16,7 +16,7 @@ from robustrl.agents.voting import MajorityVoteAgent
 from robustrl.certify.classify import certified
 from robustrl.certify.radius import ABSTAIN, SAME, RadiusCertificate
 from robustrl.envs.recipe import EnvRecipe, make_vec_env
-from robustrl.errors import CertificateError, check_alpha, check_finite_array
+from robustrl.errors import CertificateError, check_alpha, check_count, check_finite_array
 from robustrl.files import save_figure, write_atomically
 from robustrl.noise import noise_from_dict
 from robustrl.rollouts.progress import progress_bar
@@ -31,6 +31,7 @@ class RadiusTrace:
         actions: what was done, int64 (T,): the certified action, or the most frequent one where the certificate abstains.
         rewards: (T,).
         alpha: of the whole episode; it was split over the horizon, as its length is not known beforehand.
+        horizon: most steps the episode could have had.
         label: of the environment.
     """
 
@@ -38,6 +39,7 @@ class RadiusTrace:
     actions: NDArray[np.int64]
     rewards: NDArray[np.float64]
     alpha: float
+    horizon: int
     label: str
 
     @property
@@ -83,6 +85,7 @@ class RadiusTrace:
             "environment": self.label,
             "alpha": self.alpha,
             "alpha_per_step": first.alpha,
+            "horizon": self.horizon,
             "noise": None if first.noise is None else first.noise.to_dict(),
             "norm": first.norm,
             "method": first.method,
@@ -117,7 +120,7 @@ class RadiusTrace:
             actions = np.array([step["action"] for step in steps], dtype=np.int64)
             rewards = check_finite_array("rewards", [step["reward"] for step in steps])
             stated = [(step["prediction"], step["radius"]) for step in steps]
-            together = check_alpha(document["alpha"])
+            together, horizon = check_alpha(document["alpha"]), check_count("horizon", document["horizon"])
         except (KeyError, TypeError, ValueError) as error:
             raise CertificateError(f"{os.fspath(path)}: no trace that can be recomputed: {error!r}") from None
         for t, (certificate, (prediction, radius)) in enumerate(zip(certificates, stated, strict=True)):
@@ -125,11 +128,11 @@ class RadiusTrace:
                 raise CertificateError(f"{os.fspath(path)}: step {t} does not follow from its evidence: {certificate!r}")
             if prediction not in (ABSTAIN, int(actions[t])):
                 raise CertificateError(f"{os.fspath(path)}: step {t} certifies another action than was taken")
-        if share * len(steps) > together * (1 + SAME):
+        if len(steps) > horizon or share * horizon > together * (1 + SAME):
             raise CertificateError(
-                f"{os.fspath(path)}: {len(steps)} steps at level {share} are not one statement at {together}"
+                f"{os.fspath(path)}: {len(steps)} of at most {horizon} steps at level {share} are not one statement at {together}"
             )
-        return cls(certificates, actions, rewards, together, str(document["environment"]))
+        return cls(certificates, actions, rewards, together, horizon, str(document["environment"]))
 
 
 def radius_trace(
@@ -175,4 +178,4 @@ def radius_trace(
                 advance(1)
     finally:
         venv.close()
-    return RadiusTrace(tuple(certificates), np.array(actions), np.array(rewards), alpha, recipe.label)
+    return RadiusTrace(tuple(certificates), np.array(actions), np.array(rewards), alpha, recipe.horizon, recipe.label)

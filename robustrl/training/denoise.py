@@ -1,15 +1,18 @@
 """Train a denoiser for a policy that stays as it is: denoised smoothing.
 
 Salman et al., "Denoised Smoothing: A Provable Defense for Pretrained Classifiers" (NeurIPS 2020), arXiv:2003.01908, for policies:
-the data are the observations of the agent's own rollouts, clean and smoothed, gathered again as the denoiser improves.
+the data are the observations that the smoothed agent meets. No loss looks at returns, and a smaller one need not mean a better agent: of
+the weights on the way, those are kept that the smoothed agent does best with.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from robustrl.envs.recipe import EnvRecipe
-from robustrl.errors import check_choice, check_count, check_positive
+from robustrl.errors import check_choice, check_count, check_positive, check_probability
 from robustrl.files import write_atomically
 from robustrl.networks import Denoiser, denoiser_for
 from robustrl.noise import Gaussian, Noise
 from robustrl.policy import Padding, PolicyView, fold_frames, push_frame, stacked_shape, start_stack
 from robustrl.policy.loading import ALGORITHMS
 from robustrl.rollouts.chunk import inside
-from robustrl.rollouts.collect import make_job
+from robustrl.rollouts.collect import collect, make_job
 from robustrl.rollouts.engines import make_engine
 from robustrl.rollouts.executor import build, one_thread
 from robustrl.rollouts.progress import progress_bar as bar
@@ -35,6 +38,8 @@ from robustrl.training.run_files import DENOISER, RunInfo
 
 SLOTS = 16
 """Episodes side by side while data are gathered."""
+FIRST = 50
+"""Updates before the first evaluation; the second comes after twice as many, and so on."""
 
 
 @dataclass(frozen=True)
@@ -169,11 +174,14 @@ def denoise(
     denoiser: Denoiser | None = None,
     history: int | None = None,
     sigmas: Sequence[float] | None = None,
-    rounds: int = 4,
+    rounds: int = 1,
     observations: int = 20_000,
-    updates: int = 2_000,
+    clean_share: float = 0.0,
+    updates: int = 1_000,
     batch_size: int = 256,
     learning_rate: float = 1e-3,
+    evaluate_episodes: int = 200,
+    on_candidate: Callable[[int, float, Denoiser], object] | None = None,
     seed: int = 0,
     progress_bar: bool = False,
 ) -> Denoiser:
@@ -188,17 +196,26 @@ def denoise(
         objective: "mse", "stability", "query" (stability through surrogates that are fitted to queried actions), or an `Objective`.
         denoiser: what to train further, e.g. one that was trained for "mse", or of another size; default `denoiser_for` the data.
         history: frames that the denoiser sees, at least as many as the policy takes, which is the default. Certify with
-            `frame_stack=history`. A few more frames are worth a lot: one noisy frame does not say much.
+            `frame_stack=history`.
         sigmas: noise levels to train for, one drawn per batch, instead of the recipe's Gaussian alone; use the result `at` one.
-        rounds: how often data are gathered, by the clean agent and by the smoothed, so far denoised one, half of them each.
+        rounds: how often data are gathered, by the smoothed agent behind the denoiser as it is by then. More of them narrow the data:
+            a good agent's observations vary little, and the denoiser learns to show the policy little else.
         observations: clean observations per round; all rounds' are kept (in memory).
+        clean_share: part of the observations that comes from the clean agent; it narrows the data too.
         updates: gradient steps of Adam per round.
         batch_size: observations per step.
         learning_rate: at the start; it falls to zero over all rounds.
-        seed: of rollouts, weights, batches and noise.
+        evaluate_episodes: smoothed episodes, the same for all, that every candidate plays greedily: the denoiser as it starts (the identity,
+            unless `denoiser` is given), after 50, 100, 200, ... updates, and after each round. The highest mean return is kept.
+            0 to keep the last weights, whatever their return.
+        on_candidate: called with the updates so far, the mean return, and the denoiser, which must not be changed.
+        seed: of rollouts, weights, batches, noise and evaluations, which have random numbers of their own: a certificate with any seed
+            is as valid as for a policy that was not chosen.
         progress_bar: show a bar with an ETA.
     Returns:
         the denoiser, in evaluation mode, for the recipe's noise level.
+    Warns:
+        UserWarning: if no candidate did better than the denoiser as it started, which is then returned.
     Raises:
         ValueError: for bad arguments, or a policy that does not fit the environment.
         RuntimeError: if the loss is not finite.
@@ -208,28 +225,34 @@ def denoise(
         raise ValueError("noise must be given: there is nothing to denoise; pass noise=, e.g. Gaussian(0.2) (--sigma 0.2)")
     check_count("rounds", rounds)
     check_count("observations", observations, least=2)
+    share = float(check_probability("clean_share", clean_share))
     check_count("updates", updates)
+    check_count("evaluate_episodes", evaluate_episodes, least=0)
     check_count("batch_size", batch_size)
     check_positive("learning_rate", learning_rate)
     policy = recipe.view(model)
     job = make_job(policy, recipe, seed=seed)
     levels = _levels(recipe.noise, sigmas)
     loss_of = _objective(objective, policy)
-    roots = np.random.SeedSequence(seed).spawn(2 * rounds + 2)
-    noises, batches = torch_generator(roots[-1], policy.device), torch_generator(roots[-2])
+    roots = np.random.SeedSequence(seed).spawn(2 * rounds + 3)
+    noises, batches = torch_generator(roots[-2], policy.device), torch_generator(roots[-3])
     data: list[Stacks] = []
     n_frames = policy.n_frames if history is None else check_count("history", history, least=policy.n_frames)
     if denoiser is not None:
         policy.denoised(denoiser, n_frames)
+    marks = {*(FIRST << i for i in range((rounds * updates).bit_length())), *range(updates, rounds * updates + 1, updates)}
+    chain, root = replace(recipe, frame_stack=n_frames), integer_seed(roots[-1]) >> 1
+    best = _Best(policy, chain, evaluate_episodes, root, job.engine, on_candidate)
     with one_thread(), frozen(policy, *loss_of.policies), bar("denoise", rounds * updates, visible=progress_bar) as advance:
         for done in range(rounds):
             smoothed = policy if denoiser is None else policy.denoised(denoiser, n_frames)
-            half = observations // 2
-            for actor, chain, n, root in (
-                (policy, replace(recipe, noise=None), observations - half, roots[2 * done]),
-                (smoothed, recipe, half, roots[2 * done + 1]),
+            clean_ones = math.ceil(observations * share)
+            for actor, seen, n, origin in (
+                (policy, replace(recipe, noise=None), clean_ones, roots[2 * done]),
+                (smoothed, recipe, observations - clean_ones, roots[2 * done + 1]),
             ):
-                data.append(gather(actor, chain, n, integer_seed(root) >> 1, n_frames=n_frames, engine=job.engine))
+                if n:
+                    data.append(gather(actor, seen, n, integer_seed(origin) >> 1, n_frames=n_frames, engine=job.engine))
             stacks = Stacks(torch.cat([part.frames for part in data]), torch.cat([part.padding for part in data]))
             clean, noisy = stacks.pairs(torch.arange(len(stacks)), policy, recipe.noise, recipe.stack_padding, noises)
             if denoiser is None:
@@ -237,10 +260,12 @@ def denoise(
                 sigma = _level(recipe.noise, inputs, noisy.to(inputs.device))
                 denoiser = denoiser_for(inputs, sigma, policy.observation_shape, seed=seed).to(policy.device)
             loss_of.prepare(torch.cat((clean, denoiser.newest(noisy))), seed)
-            denoiser.train()
+            if done == 0:
+                best.consider(denoiser, 0)
             optimizer = torch.optim.Adam(denoiser.parameters(), lr=learning_rate)
-            for step in range(updates):
-                set_rate(optimizer, learning_rate * (1 - (done * updates + step) / (rounds * updates)))
+            for step in range(done * updates, (done + 1) * updates):
+                denoiser.train()
+                set_rate(optimizer, learning_rate * (1 - step / (rounds * updates)))
                 rows = torch.randint(len(stacks), (batch_size,), generator=batches)
                 level, mechanism = levels[int(torch.randint(len(levels), (1,), generator=batches))]
                 clean, noisy = stacks.pairs(rows, policy, mechanism, recipe.stack_padding, noises)
@@ -250,10 +275,43 @@ def denoise(
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 advance(1)
-            if not torch.isfinite(loss):
-                raise RuntimeError("the denoiser's loss is not finite: try a smaller learning_rate")
+                if step + 1 in marks:
+                    if not torch.isfinite(loss):
+                        raise RuntimeError("the denoiser's loss is not finite: try a smaller learning_rate")
+                    best.consider(denoiser, step + 1)
     assert denoiser is not None
+    if evaluate_episodes:
+        denoiser.load_state_dict(best.weights)
+        if best.updates == 0:
+            warnings.warn("no training raised the smoothed agent's mean return: the denoiser is as it started", stacklevel=2)
     return denoiser.eval()
+
+
+@dataclass
+class _Best:
+    """The weights that the smoothed agent has done best with; the first of equals."""
+
+    policy: PolicyView
+    recipe: EnvRecipe
+    episodes: int
+    seed: int
+    engine: str
+    told: Callable[[int, float, Denoiser], object] | None
+    value: float = -math.inf
+    updates: int = 0
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def consider(self, denoiser: Denoiser, updates: int) -> None:
+        """Play the episodes, the same for every candidate."""
+        if not self.episodes:
+            return
+        job = make_job(self.policy.denoised(denoiser, self.recipe.frame_stack), self.recipe, seed=self.seed, engine=self.engine)
+        value = float(collect(job, self.episodes).returns.mean())
+        if value > self.value:
+            self.value, self.updates = value, updates
+            self.weights = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
+        if self.told is not None:
+            self.told(updates, value, denoiser)
 
 
 def _levels(noise: Noise, sigmas: Sequence[float] | None) -> list[tuple[float | None, Noise]]:
@@ -291,7 +349,7 @@ def denoise_run(
         env: the recipe with the noise, and the frame stack that the policy itself takes.
         out: run directory; must not hold another model.
         seed: of everything.
-        options: of `denoise`, recorded as plain data.
+        options: of `denoise`, recorded as plain data; so are the mean returns of the candidates, by number of updates.
     Raises:
         FileExistsError: if `out` already holds a model.
         TypeError: if the model is no SB3 model, or has a denoiser already.
@@ -302,11 +360,16 @@ def denoise_run(
     name = type(model).__name__.lower()
     algo = next((known for known in ALGORITHMS if known.replace("_", "") == name), None)
     if algo is None:
-        raise TypeError(f"model must be a Stable-Baselines3 model without a denoiser, got {type(model).__name__}")
+        raise TypeError(
+            f"model must be a Stable-Baselines3 model without a denoiser, got {type(model).__name__}; of a run with one, pass "
+            "the run or zip that it was made from"
+        )
     content = Path(model_file).read_bytes()
-    denoiser = denoise(model, recipe, seed=seed, **options)
+    returns: list[tuple[int, float]] = []
+    denoiser = denoise(model, recipe, seed=seed, on_candidate=lambda done, found, _: returns.append((done, found)), **options)
     denoiser.save(folder / DENOISER)
     record = {"frame_stack": recipe.frame_stack} | {key: value for key, value in options.items() if key != "progress_bar"}
+    record["mean_returns"] = returns
     recipe = replace(recipe, frame_stack=denoiser.n_frames(recipe.frame_stack))
     steps = int(getattr(model, "num_timesteps", 0))
     RunInfo(algo, recipe.to_dict(), seed, steps, versions=dict(build()), denoiser=record).save(folder)

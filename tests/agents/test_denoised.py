@@ -139,6 +139,12 @@ def test_episodes_of_the_agents_view_are_certified_and_attacked() -> None:
     assert report.mean >= certificate.values[1]
 
 
+def test_an_agent_in_place_of_its_view_is_answered_with_what_to_pass() -> None:
+    agent = DenoisedAgent(balancer(), ResidualMLP((4,), 0.2, hidden=(8,)), rrl.Gaussian(0.2))
+    with pytest.raises(TypeError, match=r"got DenoisedAgent; pass agent\.view"):
+        rrl.certify_policy(agent, "CartPole-v1", 0.1, 10, noise=rrl.Gaussian(0.2))
+
+
 def test_dictionaries_keep_their_space() -> None:
     space = gym.spaces.Dict({"a": gym.spaces.Box(-1, 1, (2,)), "b": gym.spaces.Box(-1, 1, (3,))})
     agent = DenoisedAgent(

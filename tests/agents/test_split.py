@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from dataclasses import replace
@@ -102,6 +103,30 @@ def test_some_attack_one_step_beyond_the_radius_changes_a_trajectory() -> None:
             broken += bool(np.any(victim.predict(attacked)[0] != action))
             observation = env.step(int(action))[0]
     assert broken >= 3
+
+
+def test_a_played_episode_knows_the_frame_stack_of_its_policy() -> None:
+    """The certificate's default is the policy's stack: read as single frames, the same votes would allow attacks twice as large."""
+    stacked = gym.wrappers.FlattenObservation(gym.wrappers.FrameStackObservation(Walk(), 2))
+    larger = 0
+    for seed in range(10):
+        episode = play_episode(agent(seed, levels=4 * Q + 1, n_frames=2), stacked, seed=seed)
+        found = episode.certificate("step")
+        assert found.evidence["n_frames"] == 2
+        assert found == episode.certificate("step", n_frames=2)
+        larger += episode.radius("step") < episode.radius("step", n_frames=1)
+    assert larger
+
+
+def test_a_trajectorys_certificate_says_which_policy_and_observations_it_is_about() -> None:
+    victim, env = agent(0), Walk()
+    episode = play_episode(victim, env, seed=1)
+    seen = [env.reset(seed=1)[0]]
+    seen += [env.step(int(action))[0] for action in episode.counts.argmax(axis=1)]
+    observations = np.stack(seen[:-1])
+    text = f"{observations.dtype}{observations.shape}".encode() + observations.tobytes()
+    expected = {"model": victim.policy.fingerprint(), "input": hashlib.sha256(text).hexdigest()}
+    assert episode.certificate().provenance == expected
 
 
 def _stacked_episode(victim: DeterministicSplitAgent, seed: int, padding: str) -> tuple[SplitEpisode, list[np.ndarray]]:

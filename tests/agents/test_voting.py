@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import gymnasium as gym
@@ -121,6 +122,24 @@ def test_what_single_precision_moves_an_observation_is_taken_off_its_radius() ->
     assert wide.budget == narrow.budget == 0
 
 
+def test_a_steps_certificate_says_which_policy_and_observation_it_is_about() -> None:
+    agent, observation = MajorityVoteAgent(values(), NOISE), np.array([0.5])
+    (found,) = agent.certify(observation, n=100)
+    text = f"{observation.dtype}{observation.shape}".encode() + observation.tobytes()
+    assert found.provenance == {"model": agent.policy.fingerprint(), "input": hashlib.sha256(text).hexdigest()}
+
+
+def test_a_votes_certificate_takes_norm_and_a_level_for_all_and_no_other_option() -> None:
+    agent, both = MajorityVoteAgent(values(), NOISE), np.array([[0.5], [0.6]])
+    assert {(c.alpha, c.norm) for c in agent.certify(both, n=100, norm=np.inf, alpha_total=0.02)} == {(0.01, np.inf)}
+    level = {c.alpha for c in agent.certify_values(both, -1, 1, n=100, alpha_total=0.02)}
+    assert level == {0.01}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'scope'"):
+        agent.certify(both, scope="episode")  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="see certify_values"):
+        agent.certify(both, method="values")
+
+
 # ------------------------------------------------------------------------------------------------ medians
 
 
@@ -160,6 +179,24 @@ def test_the_interval_is_made_of_order_statistics_at_every_entrys_share_of_alpha
     assert (low, high) != attacked_median_ranks(500, 501, rrl.Gaussian(1.0), 0.1, 0.06)
     assert found.low.tolist() == [ordered[low - 1].tolist()]
     assert found.high.tolist() == [ordered[high - 1].tolist()]
+
+
+def test_what_single_precision_moves_an_observation_is_added_to_the_budget_of_an_interval() -> None:
+    """At the least noise that is allowed the rounding shifts the ranks, and the interval has to follow."""
+    x, noise, n = np.array([1 + 0.99 * 2.0**-24]), rrl.Gaussian(2.0**-13), 50_000
+    moved = float(abs(x - x.astype(np.float32)).item())
+    agent, twin = (MedianAgent(line(), noise, votes=2001, seed=0) for _ in range(2))
+    found = agent.interval(x, 1e-5, alpha=0.05, n=n)
+    ranks = attacked_median_ranks(n, 2001, noise, 1e-5 + moved * (1 + 1e-12), 0.05)
+    ignorant = attacked_median_ranks(n, 2001, noise, 1e-5, 0.05)
+    assert ranks.low is not None
+    assert ranks.high is not None
+    assert ignorant.low is not None
+    assert ignorant.high is not None
+    assert ranks.low < ignorant.low
+    assert ranks.high > ignorant.high
+    ordered = np.sort(twin.smoothed.outputs(x[None].astype(np.float32), n).numpy().reshape(-1).astype(float))
+    assert (found.low.item(), found.high.item()) == (ordered[ranks.low - 1], ordered[ranks.high - 1])
 
 
 def test_a_median_agent_plays_pendulum() -> None:

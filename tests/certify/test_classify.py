@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from robustrl.certify.methods import METHODS, NO_PROOF
 from robustrl.certify.radius import ABSTAIN, RadiusCertificate
 from robustrl.certify.sequential import log_wealth
 from robustrl.errors import CertificateError
-from robustrl.noise import Gaussian, Laplace, Noise, Uniform
+from robustrl.noise import DeterministicSplitting, Gaussian, Laplace, Noise, Uniform
+from robustrl.policy import PolicyView
 
 UNIT = Gaussian(1.0)
 SAMPLED = [name for name, method in METHODS.items() if not method.exact and name != "sequential"]
@@ -270,6 +272,74 @@ def test_statements_without_a_proof_are_refused_with_the_reason(method: str, sco
     with pytest.raises(ValueError, match=f"no proof for scope {scope!r}") as caught:
         smoothed.certify(np.zeros((1, 2)), n=10, method=method, scope=scope)
     assert NO_PROOF.get(scope, "unknown scope") in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["onesided", "sequential", "label flips"])
+def test_a_method_that_certify_does_not_know_is_answered_with_those_that_it_does(name: str) -> None:
+    with pytest.raises(ValueError, match="method must be one of") as refused:
+        rrl.Smoothed(nn.Linear(1, 2), UNIT).certify(torch.zeros(1, 1), method=name)
+    listed = str(refused.value).split("one of ")[1].split(", got")[0].split(", ")
+    assert set(listed) == {"one-sided", "two-sided", "second-order", "second-order-pairs", "dipole", "values", "splitting"}
+
+
+def test_without_noise_no_radius_is_certified() -> None:
+    smoothed = rrl.Smoothed(nn.Linear(1, 2), Gaussian(0.0))
+    for ask in (lambda: smoothed.certify(torch.zeros(1, 1)), lambda: smoothed.decide(torch.zeros(1, 1), 0.1)):
+        with pytest.raises(ValueError, match="sigma > 0"):
+            ask()
+
+
+# ------------------------------------------------------------------------------------------------ where they come from
+
+
+def digest_of(x: np.ndarray) -> str:
+    return hashlib.sha256(f"{x.dtype}{x.shape}".encode() + x.tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_certificates_hold_the_hashes_of_model_and_input(dtype: Any, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(2, 3)).astype(dtype)
+    smoothed = rrl.Smoothed(half_space(np.ones(3), 0.1), UNIT)
+    ways = [smoothed.certify(x, n=100), smoothed.certify(torch.from_numpy(x), n=100), smoothed.decide(x, 0.1, max_n=100)]
+    for found in ways:
+        assert [c.provenance["input"] for c in found] == [digest_of(part) for part in x]
+        assert len({c.provenance["model"] for c in found}) == 1
+    assert ways[0][0].provenance == ways[2][0].provenance
+    ways[0][0].save(tmp_path / "c.json")
+    assert Certificate.load(tmp_path / "c.json").provenance == ways[0][0].provenance
+
+
+def test_exact_votes_hold_them_too() -> None:
+    x = np.array([[0.0, 0.25], [0.5, 1.0]])
+    model = half_space(np.ones(2), -1.0)
+    found = rrl.Smoothed(model, DeterministicSplitting(levels=3, quantisation=4)).certify(x, method="splitting")
+    assert [c.provenance["input"] for c in found] == [digest_of(part) for part in x]
+    sampled = rrl.Smoothed(model, UNIT).certify(x, n=100)
+    assert {c.provenance["model"] for c in found} == {c.provenance["model"] for c in sampled}
+
+
+def test_models_are_told_apart_by_weights_and_layers_and_hashed_at_every_call() -> None:
+    x, model = torch.zeros(1, 2), half_space(np.ones(2), 0.1)
+    smoothed = rrl.Smoothed(model, UNIT)
+
+    def mark(what: rrl.Smoothed) -> str:
+        return str(what.certify(x, n=100)[0].provenance["model"])
+
+    first = mark(smoothed)
+    assert mark(rrl.Smoothed(half_space(np.ones(2), 0.1), UNIT)) == first
+    assert mark(rrl.Smoothed(nn.Sequential(model), UNIT)) != first
+    assert mark(rrl.Smoothed(nn.Sequential(model, nn.ReLU()), UNIT)) != mark(
+        rrl.Smoothed(nn.Sequential(model, nn.Tanh()), UNIT)
+    )
+    model.bias.data[0] += 1e-6
+    assert mark(smoothed) != first
+
+
+def test_a_policys_hash_is_its_own_and_a_plain_function_has_none() -> None:
+    x, model = torch.zeros(1, 2), half_space(np.ones(2), 0.1)
+    view = PolicyView.from_torch(model, kind="q", observation_shape=(2,))
+    assert rrl.Smoothed(view, UNIT).certify(x, n=100)[0].provenance["model"] == view.fingerprint()
+    assert list(rrl.Smoothed(lambda rows: model(rows), UNIT).certify(x, n=100)[0].provenance) == ["input"]
 
 
 def test_an_exact_or_unknown_method_is_no_sampled_one() -> None:

@@ -184,13 +184,25 @@ def test_modules_are_evaluated_in_evaluation_mode_and_left_as_they_were() -> Non
     assert np.array_equal(counts, smoothed(base.eval()).tally(POINTS, 500).counts)
 
 
+def test_inputs_that_do_not_fit_are_named_and_other_failures_are_left_alone() -> None:
+    with pytest.raises(ValueError, match=r"does not take inputs of shape \(2,\), float32, on cpu: mat1 and mat2") as refused:
+        smoothed().certify(torch.zeros(1, 2))
+    assert isinstance(refused.value.__cause__, RuntimeError)
+
+    def full(rows: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        smoothed(full).tally(torch.zeros(1, 2), 10)
+
+
 def test_a_module_that_fails_is_left_as_it_was() -> None:
     class Failing(nn.Module):
         def forward(self, rows: Tensor) -> Tensor:
             raise RuntimeError("no")
 
     base = Failing().train()
-    with pytest.raises(RuntimeError, match="no"):
+    with pytest.raises(ValueError, match="no"):
         smoothed(base).tally(POINTS, 5)
     assert base.training
 
@@ -250,6 +262,14 @@ def test_half_precision_stays_inside_the_base_function() -> None:
     tally = smoothed(Base(), amp=torch.bfloat16).tally(POINTS, 100)
     assert seen == [torch.float32, torch.bfloat16]
     assert (tally.counts.sum(axis=1) == 100).all()
+
+
+def test_half_precision_counts_policies_with_tanh_layers() -> None:
+    """Whose layers run in numpy, which has no bfloat16."""
+    network = nn.Sequential(nn.Linear(3, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
+    view = PolicyView.from_torch(network, kind="logits", observation_shape=(3,))
+    half, full = (smoothed(view, amp=dtype).tally(POINTS, 1000).counts for dtype in (torch.bfloat16, None))
+    assert np.abs(half - full).max() <= 20
 
 
 @pytest.mark.parametrize(

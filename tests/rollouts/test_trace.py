@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from toys import balancer
 
 import robustrl as rrl
 from robustrl.agents import MajorityVoteAgent
+from robustrl.envs.quantise import QuantiseObservation
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.errors import CertificateError
 from robustrl.rollouts.trace import RadiusTrace, radius_trace
@@ -29,6 +31,7 @@ def test_the_level_is_split_over_the_horizon(trace: RadiusTrace) -> None:
     assert len(trace.certificates) == len(trace.actions) == len(trace.rewards) == 25
     assert {c.alpha for c in trace.certificates} == {0.05 / 25}
     assert trace.alpha == 0.05
+    assert trace.horizon == 25
     for certificate in trace.certificates:
         certificate.verify()
         assert certificate.scope == "step"
@@ -65,7 +68,11 @@ def test_it_is_told_in_words_numbers_and_a_picture(trace: RadiusTrace, tmp_path:
         (lambda d: d["steps"][3].update(radius=9.0), "step 3 does not follow"),
         (lambda d: d["steps"][3].update(evidence={}), "no trace"),
         (lambda d: [step.update(action=1 - step["action"]) for step in d["steps"]], "another action"),
-        (lambda d: d.update(alpha=0.01), "not one statement"),
+        (lambda d: d.update(alpha=0.0499), "not one statement"),
+        (lambda d: d.update(horizon=26), "not one statement"),
+        (lambda d: d.update(horizon=24), "not one statement"),
+        (lambda d: d.update(horizon=0), "no trace"),
+        (lambda d: d.pop("horizon"), "no trace"),
         (lambda d: d.pop("noise"), "no trace"),
         (lambda d: d.update(norm=1), "no trace"),
     ],
@@ -77,6 +84,28 @@ def test_a_trace_that_was_edited_is_found(trace: RadiusTrace, tmp_path: Path, ch
     (tmp_path / "trace.json").write_text(json.dumps(document))
     with pytest.raises(CertificateError, match=message):
         RadiusTrace.load(tmp_path / "trace.json")
+
+
+def test_a_level_that_is_enough_for_the_steps_taken_is_not_enough_for_those_that_might_have_been(
+    trace: RadiusTrace, tmp_path: Path
+) -> None:
+    """How long an episode is depends on its samples: alpha is split over the horizon, not over the length."""
+    short = replace(trace, certificates=trace.certificates[:5], actions=trace.actions[:5], rewards=trace.rewards[:5])
+    short.save(tmp_path / "trace.json")
+    assert len(RadiusTrace.load(tmp_path / "trace.json").radii) == 5
+    replace(short, alpha=0.02).save(tmp_path / "trace.json")
+    with pytest.raises(CertificateError, match="5 of at most 25 steps .* not one statement"):
+        RadiusTrace.load(tmp_path / "trace.json")
+
+
+def test_exact_votes_are_traced_too(tmp_path: Path) -> None:
+    low, high = (-4.8, -4.0, -0.42, -4.0), (4.8, 4.0, 0.42, 4.0)
+    splitting = rrl.DeterministicSplitting(32, 255, low, high)
+    env = EnvRecipe.of(lambda: QuantiseObservation(gym.make("CartPole-v1", max_episode_steps=5), 255, low, high))
+    found = radius_trace(MajorityVoteAgent(balancer(), splitting), env, method="splitting", seed=3)
+    found.save(tmp_path / "trace.json")
+    assert RadiusTrace.load(tmp_path / "trace.json").radii.tolist() == found.radii.tolist()
+    assert {c.alpha for c in found.certificates} == {0}
 
 
 def test_alpha_must_be_one() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,10 @@ from toys import BALANCE, LinearRule, Steps, balancer, network_balancer
 
 import robustrl as rrl
 from robustrl import cli
-from robustrl.networks import Denoiser, ResidualMLP, load_denoiser
+from robustrl.networks import Denoiser, DnCNN, ResidualMLP, load_denoiser
 from robustrl.policy import PolicyView
+from robustrl.rollouts.chunk import Job
+from robustrl.rollouts.collect import collect
 from robustrl.training.denoise import Stacks, denoise, denoise_run, frozen, gather
 from robustrl.training.objectives import MSE, Objective, QueryOnly, Stability, ask, fit_surrogate
 
@@ -28,7 +32,7 @@ MEAN = np.array([1.0, -2.0, 0.5])
 MIX = np.array([[1.0, 0.0, 0.0], [0.8, 0.5, 0.0], [0.0, -0.3, 0.2]])
 COVARIANCE = MIX @ MIX.T
 SIGMA = 0.4
-SMALL: dict[str, Any] = {"rounds": 2, "observations": 300, "updates": 20}
+SMALL: dict[str, Any] = {"rounds": 2, "observations": 300, "updates": 20, "evaluate_episodes": 0}
 
 
 class Draws(gym.Env[Any, Any]):
@@ -82,7 +86,8 @@ def test_a_linear_denoiser_reaches_the_wiener_filter() -> None:
     """Its exact error is within 2% of the optimum; below it, it cannot be."""
     start = ResidualMLP((3,), SIGMA, MEAN, np.sqrt(np.diag(COVARIANCE)), hidden=())
     assert linear_error(start, SIGMA) == pytest.approx(SIGMA**2, rel=1e-5)
-    found = denoise(rule(1, 1, 1), draws(), denoiser=start, rounds=1, observations=4000, updates=800, learning_rate=0.02)
+    options: dict[str, Any] = {"rounds": 1, "observations": 4000, "updates": 800, "evaluate_episodes": 0}
+    found = denoise(rule(1, 1, 1), draws(), denoiser=start, learning_rate=0.02, **options)
     assert found is start
     assert wiener_error(SIGMA) * (1 - 1e-6) <= linear_error(found, SIGMA) <= 1.02 * wiener_error(SIGMA)
 
@@ -90,7 +95,7 @@ def test_a_linear_denoiser_reaches_the_wiener_filter() -> None:
 def test_one_denoiser_serves_several_noise_levels() -> None:
     """Better at each of two levels than the identity, and than itself told of the other level."""
     start = ResidualMLP((3,), SIGMA, MEAN, np.sqrt(np.diag(COVARIANCE)), hidden=(32,))
-    options: dict[str, Any] = {"rounds": 1, "observations": 4000, "updates": 800, "learning_rate": 0.01}
+    options: dict[str, Any] = {"rounds": 1, "observations": 4000, "updates": 800, "learning_rate": 0.01, "evaluate_episodes": 0}
     found = denoise(rule(1, 1, 1), draws(), denoiser=start, sigmas=(0.1, 0.8), **options)
     generator = torch.Generator().manual_seed(5)
     clean = torch.from_numpy(MEAN + np.random.default_rng(6).normal(size=(20_000, 3)) @ MIX.T).float()
@@ -179,6 +184,20 @@ def test_rewards_are_not_looked_at(objective: str) -> None:
         for factory in (Draws, lambda: Shuffled())
     ]
     assert torch.equal(*found)
+
+
+class Pictures(gym.Env[Any, Any]):
+    """Random pictures; no reward."""
+
+    observation_space = spaces.Box(0, 1, (1, 6, 6), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self.np_random.random((1, 6, 6), dtype=np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.np_random.random((1, 6, 6), dtype=np.float32), 0.0, False, False, {}
 
 
 class Shuffled(Draws):
@@ -332,13 +351,130 @@ def test_data_come_from_the_clean_and_from_the_denoised_agent(monkeypatch: pytes
 
     monkeypatch.setattr(module, "gather", spy)
     raw = network_balancer()
-    denoise(raw, cartpole(), rounds=3, observations=101, updates=5)
+    denoise(raw, cartpole(), rounds=3, observations=101, clean_share=0.5, updates=5, evaluate_episodes=0)
     hashes, noises, counts, seeds = zip(*calls, strict=True)
     assert noises == (None, rrl.Gaussian(0.2)) * 3
     assert counts == (51, 50) * 3
     assert len(set(seeds)) == 6
     assert {hashes[0], hashes[1], hashes[2], hashes[4]} == {raw.fingerprint()}
     assert len({hashes[1], hashes[3], hashes[5]}) == 3
+    for share, actors in ((0.0, (rrl.Gaussian(0.2),)), (1.0, (None,)), (0.01, (None, rrl.Gaussian(0.2)))):
+        calls.clear()
+        denoise(raw, cartpole(), rounds=1, observations=100, clean_share=share, updates=1, evaluate_episodes=0)
+        assert tuple(call[1] for call in calls) == actors
+    assert [call[2] for call in calls] == [1, 99]
+
+
+class TurnsBad(Objective):
+    """The squared error for so many updates, minus ten times of it afterwards."""
+
+    def __init__(self, good: int) -> None:
+        self.left = good
+
+    def __call__(self, clean: torch.Tensor, denoised: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        self.left -= 1
+        return (denoised - clean).square().mean() * (1 if self.left >= 0 else -10)
+
+
+class Evaluations:
+    """What is evaluated: jobs, numbers of episodes, and mean returns."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from robustrl.training import denoise as module
+
+        self.jobs: list[Job] = []
+        self.means: list[float] = []
+        self.hashes: list[str] = []
+        self.counts: list[int] = []
+
+        def spy(job: Job, episodes: int) -> Any:
+            found = collect(job, episodes)
+            self.jobs.append(job)
+            self.counts.append(episodes)
+            self.hashes.append(job.policy.fingerprint())
+            self.means.append(float(found.returns.mean()))
+            return found
+
+        monkeypatch.setattr(module, "collect", spy)
+
+
+def test_the_candidate_that_the_smoothed_agent_does_best_with_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Candidates are the untrained denoiser, those after 50, 100, 200, ... updates, and after each round; here one on the way is best."""
+    done, policy, env = Evaluations(monkeypatch), balancer(gain=20.0), cartpole(0.3, horizon=200)
+    told: list[tuple[int, float]] = []
+    options: dict[str, Any] = {"history": 4, "rounds": 2, "observations": 500, "updates": 70, "evaluate_episodes": 40}
+
+    def run() -> Denoiser:
+        return denoise(policy, env, objective=TurnsBad(60), on_candidate=lambda n, mean, _: told.append((n, mean)), **options)
+
+    torch.manual_seed(3)
+    state = torch.random.get_rng_state()
+    found = run()
+    assert not found.training
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [row[0] for row in told] == [0, 50, 70, 100, 140]
+    assert [row[1] for row in told] == done.means
+    assert set(done.counts) == {40}
+    best = int(np.argmax(done.means))
+    assert 0 < best < 4
+    assert policy.denoised(found, 4).fingerprint() == done.hashes[best] != done.hashes[-1]
+    assert policy.denoised(run(), 4).fingerprint() == done.hashes[best]
+    assert done.means[5:] == done.means[:5]
+    # One set of noisy episodes for all, of random numbers that are not those of a certificate with the same seed.
+    (chain,) = {job.recipe.label for job in done.jobs}
+    assert chain == env.label
+    assert {(job.recipe.noise, job.recipe.frame_stack, job.seed) for job in done.jobs} == {(env.noise, 4, done.jobs[0].seed)}
+    assert done.jobs[0].seed > 2**32
+
+
+def test_an_objective_that_makes_it_worse_leaves_the_denoiser_as_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    done, policy, env = Evaluations(monkeypatch), balancer(gain=20.0), cartpole(0.2, horizon=200)
+    start = ResidualMLP((4,), 0.2)
+    before = {name: tensor.clone() for name, tensor in start.state_dict().items()}
+    options: dict[str, Any] = {
+        "objective": TurnsBad(0),
+        "rounds": 1,
+        "observations": 1000,
+        "updates": 60,
+        "learning_rate": 0.01,
+    }
+    with pytest.warns(UserWarning, match="as it started"):
+        assert denoise(policy, env, denoiser=start, **options) is start
+    assert done.means[0] > max(done.means[1:])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in start.state_dict().items())
+    with warnings.catch_warnings(action="error"):
+        fresh = denoise(policy, env, evaluate_episodes=0, **options)
+    assert not torch.equal(weights(fresh), weights(start))
+    assert len(done.means) == 3
+
+
+def pictures() -> tuple[PolicyView, rrl.EnvRecipe, Denoiser]:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(36, 2))
+    policy = PolicyView.from_torch(network, kind="logits", observation_shape=(1, 6, 6))
+    env = rrl.EnvRecipe(factory=Pictures, max_episode_steps=5, noise=rrl.Gaussian(0.2))
+    return policy, env, DnCNN((1, 6, 6), 0.2, 0.5, 0.3, depth=3, width=4)
+
+
+def test_what_batch_normalisation_has_counted_is_kept_with_the_weights() -> None:
+    """Of equal candidates the first stays: the environment pays nothing."""
+    policy, env, start = pictures()
+    before = {name: tensor.clone() for name, tensor in start.state_dict().items()}
+    with pytest.warns(UserWarning, match="as it started"):
+        denoise(policy, env, denoiser=start, rounds=1, observations=50, updates=2, batch_size=8, evaluate_episodes=3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in start.state_dict().items())
+
+
+def test_training_is_the_same_with_evaluations_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They use random numbers of their own, and leave batch normalisation alone."""
+    done = Evaluations(monkeypatch)
+    vectors = (network_balancer(), cartpole(), ResidualMLP((4,), 0.2))
+    for policy, env, start in (vectors, pictures()):
+        last = denoise(policy, env, denoiser=copy.deepcopy(start), **SMALL)
+        with pytest.warns(UserWarning, match="as it started"):
+            denoise(policy, env, denoiser=start, **(SMALL | {"evaluate_episodes": 5}))
+        assert policy.denoised(last).fingerprint() == done.hashes[-1]
+    counted = [int(count) for name, count in last.state_dict().items() if name.endswith("num_batches_tracked")]
+    assert counted == [SMALL["rounds"] * SMALL["updates"]]
 
 
 @pytest.mark.parametrize("fill", ["reset", "zero"])
@@ -386,9 +522,7 @@ def test_pictures_with_history_are_denoised() -> None:
         nn.Sequential(nn.Flatten(), nn.Linear(240, 2)), kind="logits", observation_shape=(2, 12, 10), n_frames=2
     )
     env = rrl.EnvRecipe(factory=Blinks, max_episode_steps=10, noise=rrl.Gaussian(0.2), frame_stack=2)
-    options: dict[str, Any] = {"rounds": 1, "observations": 200, "batch_size": 32}
-    from robustrl.networks import DnCNN
-
+    options: dict[str, Any] = {"rounds": 1, "observations": 200, "batch_size": 32, "evaluate_episodes": 0}
     start = DnCNN((4, 12, 10), 0.2, 0.5, 0.3, keep=2, depth=3, width=8)
     denoiser = denoise(policy, env, denoiser=start, history=4, updates=150, learning_rate=0.01, **options)
     stacks = gather(policy, replace(env, noise=None), 100, 9, n_frames=4)
@@ -403,7 +537,7 @@ def test_a_collapsed_policy_comes_back_without_being_trained_again() -> None:
     """A policy that balances from clean frames alone, under noise that ends its episodes early."""
     env = cartpole(0.3, horizon=200)
     policy = balancer(gain=20.0)
-    denoiser = denoise(policy, env, history=4, rounds=2, observations=6000, updates=300)
+    denoiser = denoise(policy, env, history=4, observations=6000, updates=400, evaluate_episodes=50)
     chain = replace(env, frame_stack=4)
     raw = rrl.certify_policy(policy, env, [0.0, 0.2], 400)
     denoised = rrl.certify_policy(policy.denoised(denoiser, 4), chain, [0.0, 0.2], 400)
@@ -428,7 +562,7 @@ def test_a_run_holds_the_model_byte_for_byte_and_loads_with_its_denoiser(plain_z
     assert view.fingerprint() == env.view(model).denoised(denoiser, 3).fingerprint()
     with pytest.raises(FileExistsError, match="already holds a model"):
         denoise_run(plain_zip, model, env, out, **SMALL)
-    with pytest.raises(TypeError, match="without a denoiser"):
+    with pytest.raises(TypeError, match="got PolicyView; of a run with one, pass the run or zip that it was made from"):
         denoise_run(out / "model.zip", view, replace(env, frame_stack=3), tmp_path / "again", **SMALL)
     (out / "denoiser.pt").unlink()
     with pytest.raises(FileNotFoundError, match="denoiser"):
@@ -447,11 +581,12 @@ def test_the_shell_denoises_certifies_attacks_and_verifies(
     plain_zip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    small = ("--rounds", 1, "--observations", 200, "--updates", 10, "--history", 2)
+    small = ("--rounds", 1, "--observations", 200, "--updates", 10, "--history", 2, "--evaluate-episodes", 3)
     env = ("--env", "CartPole-v1", "--sigma", 0.2, "--max-episode-steps", 30)
     status, text, error = call(capsys, monkeypatch, "denoise", plain_zip, *env, *small, "--out", out)
     assert (status, error) == (0, "")
     assert f"robustrl certify {out}" in text
+    assert "mean return of 3 smoothed episodes: " in text
     for words in (
         ("certify", out, "--episodes", 40, "--chunk-size", 20, "--budgets", "0,0.2"),
         ("attack", out, "--episodes", 4, "--draws", 4, "--budget", 0.2),
@@ -461,6 +596,9 @@ def test_the_shell_denoises_certifies_attacks_and_verifies(
         status, text, error = call(capsys, monkeypatch, *words)
         assert (status, error) == (0, ""), words
     assert "bit for bit" in text
+    returns = json.loads((out / "run.json").read_text())["denoiser"]["mean_returns"]
+    assert [updates for updates, _ in returns] == [0, 10]
+    assert all(1 <= mean <= 30 for _, mean in returns)
     denoiser = load_denoiser(out / "denoiser.pt")
     with torch.no_grad():
         next(denoiser.parameters()).add_(1.0)
@@ -479,12 +617,13 @@ def test_the_noise_of_a_denoised_run_takes_the_place_of_the_trained_one(
     source.mkdir()
     (source / "model.zip").write_bytes(plain_zip.read_bytes())
     RunInfo("ppo", cartpole(0.1).to_dict(), 0, 0).save(source)
-    small = ("--rounds", 1, "--observations", 200, "--updates", 10, "--seed", 5)
+    small = ("--rounds", 1, "--observations", 200, "--updates", 10, "--seed", 5, "--clean-share", 0.2, "--evaluate-episodes", 0)
     status, _, error = call(capsys, monkeypatch, "denoise", source, "--sigma", 0.3, *small, "--out", out)
     assert (status, error) == (0, "")
     run = RunInfo.load(out)
     assert run.env.noise == rrl.Gaussian(0.3)
     assert (run.seed, run.denoiser["objective"], run.algo) == (5, "mse", "ppo")
+    assert (run.denoiser["clean_share"], run.denoiser["evaluate_episodes"]) == (0.2, 0)
     assert RunInfo.load(source).denoiser == {}
 
 
@@ -498,6 +637,10 @@ def test_the_noise_of_a_denoised_run_takes_the_place_of_the_trained_one(
         ({"batch_size": 0}, ValueError, "batch_size"),
         ({"learning_rate": np.nan}, ValueError, "learning_rate"),
         ({"seed": -1}, ValueError, "seed"),
+        ({"clean_share": 1.5}, ValueError, "clean_share"),
+        ({"clean_share": np.nan}, ValueError, "clean_share"),
+        ({"evaluate_episodes": -1}, ValueError, "evaluate_episodes"),
+        ({"evaluate_episodes": 0.5}, TypeError, "evaluate_episodes"),
         ({"history": 0}, ValueError, "history"),
         ({"sigmas": (0.1, -1.0)}, ValueError, "sigmas"),
         ({"sigmas": ()}, ValueError, "sigmas"),
