@@ -21,19 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from stable_baselines3 import PPO
-from stable_baselines3.common.vec_env import VecNormalize
 
 import robustrl as rrl
 from robustrl.attacks import ActionDeviation, ActionDirection, Attack, GradientAttack, LowValue, RandomNoise, Weighted
-from robustrl.envs import AdversaryVecEnv, EnvRecipe
+from robustrl.envs import EnvRecipe
 from robustrl.files import save_figure, write_atomically
 from robustrl.report.attack import AttackReport, load_reports, save_reports
-from robustrl.rollouts.executor import one_thread
 from robustrl.training.presets import mujoco
 from robustrl.training.robust_sarsa import ActionValues, fit, gather
 from robustrl.training.run_files import RunInfo
-from robustrl.training.train import save_model, train
+from robustrl.training.train import train
 
 ZOO, HERE = Path("zoo"), Path("experiments")
 RESULTS, CACHE = HERE / "results" / "robust_hopper", HERE / "cache" / "robust_hopper"
@@ -86,7 +83,7 @@ def critic(model: Any, recipe: EnvRecipe, home: Path, successor: str, evaluate: 
             values = fit(data, successor=successor, progress=True, **options)  # type: ignore[arg-type]
             found.append((evaluate(GradientAttack(LowValue(values))), options, values))
             print(f"{path.name} {options}: {found[-1][0]:.0f}", flush=True)
-        mean, options, values = min(found, key=lambda each: each[0])
+        _, options, values = min(found, key=lambda each: each[0])
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(values.state_dict(), path)
         record = {"chosen": options, "mean_returns": [[o, m] for m, o, _ in found], "successor": successor, "timesteps": 61_440}
@@ -98,18 +95,12 @@ def critic(model: Any, recipe: EnvRecipe, home: Path, successor: str, evaluate: 
 
 def adversary(model: Any, recipe: EnvRecipe, home: Path, name: str, seed: int) -> Attack:
     """A learned attack; its adversary is trained if missing."""
-    path = home.with_name(f"{home.name}-{name}.zip")
-    env = AdversaryVecEnv(recipe, model, THREAT, ActionDirection() if name == "pa-ad" else None, n_envs=8, seed=seed)
-    if not path.exists():
-        begin = time.perf_counter()
-        arguments = {**mujoco.ppo, "n_steps": 256}
-        learner = PPO("MlpPolicy", VecNormalize(env, norm_obs=False), seed=seed, **arguments)
-        with one_thread():
-            learner.learn(ADVERSARY_STEPS)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_model(learner, path)
-        print(f"{path}: trained in {time.perf_counter() - begin:.0f} s", flush=True)
-    return env.attack(rrl.load_agent(path, device="cpu"))
+    path, command = home.with_name(f"{home.name}-{name}.zip"), ActionDirection() if name == "pa-ad" else None
+    options: dict[str, Any] = {"timesteps": ADVERSARY_STEPS, "path": path, "seed": seed, **mujoco.ppo, "n_steps": 256}
+    begin = time.perf_counter()
+    attack = rrl.train_adversary(model, recipe, THREAT, command, **options)
+    print(f"{path}: {time.perf_counter() - begin:.0f} s", flush=True)
+    return attack
 
 
 def reports_of(name: str, seed: int, episodes: int, workers: int) -> dict[str, AttackReport]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from robustrl.envs.atari import make_atari_env
     from robustrl.envs.bounds import known_return_bounds
     from robustrl.envs.chain import check_chain
-    from robustrl.envs.hosts import add_noise
+    from robustrl.envs.hosts import add_attack, add_noise
     from robustrl.envs.recipe import EnvRecipe, make_vec_env
     from robustrl.noise import (
         Ablation,
@@ -35,9 +35,13 @@ if TYPE_CHECKING:
     )
     from robustrl.policy.normalization import Normalization
     from robustrl.report.attack import AttackReport
+    from robustrl.suite import attack_suite
     from robustrl.threat import Ledger, ThreatModel
     from robustrl.training import presets
+    from robustrl.training.adversary import train_adversary
     from robustrl.training.denoise import denoise
+    from robustrl.training.robust import SADQN, SAPPO
+    from robustrl.training.robust_sarsa import robust_sarsa
     from robustrl.training.train import train
     from robustrl.verification import Verification, verify_certificate
 
@@ -58,7 +62,7 @@ _HOMES = {
     "robustrl.envs.atari": ("make_atari_env",),
     "robustrl.envs.bounds": ("known_return_bounds",),
     "robustrl.envs.chain": ("check_chain",),
-    "robustrl.envs.hosts": ("add_noise",),
+    "robustrl.envs.hosts": ("add_attack", "add_noise"),
     "robustrl.envs.recipe": ("EnvRecipe", "make_vec_env"),
     "robustrl.policy.normalization": ("Normalization",),
     "robustrl.noise": (
@@ -66,8 +70,12 @@ _HOMES = {
         "Splitting", "Uniform", "UniformBall",
     ),
     "robustrl.report.attack": ("AttackReport",),
+    "robustrl.suite": ("attack_suite",),
     "robustrl.threat": ("Ledger", "ThreatModel"),
+    "robustrl.training.adversary": ("train_adversary",),
     "robustrl.training.denoise": ("denoise",),
+    "robustrl.training.robust": ("SADQN", "SAPPO"),
+    "robustrl.training.robust_sarsa": ("robust_sarsa",),
     "robustrl.training.train": ("train",),
     "robustrl.verification": ("Verification", "verify_certificate"),
 }
@@ -85,10 +93,57 @@ _MODULES = {
 _NAMES = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Ablation", "AttackReport", "Certificate", "DeterministicSplitting", "EntryAblation", "EnvRecipe", "EpisodeCertificate", "Gaussian", "Laplace", "Ledger", "Noise", "Normalization",
-    "QuantisedGaussian", "RadiusCertificate", "Smoothed", "Splitting", "Tally", "ThreatModel", "Uniform", "UniformBall", "Verification", "add_noise", "agents", "attack_policy", "attacks",
-    "certify", "certify_policy", "certify_quantile", "certify_return", "certify_success", "check_chain", "denoise", "envs", "episode_budget",
-    "known_return_bounds", "load_agent", "make_atari_env", "make_vec_env", "networks", "plug_in_return", "policy", "presets", "radius_from_counts", "rollouts", "train",
+    "SADQN",
+    "SAPPO",
+    "Ablation",
+    "AttackReport",
+    "Certificate",
+    "DeterministicSplitting",
+    "EntryAblation",
+    "EnvRecipe",
+    "EpisodeCertificate",
+    "Gaussian",
+    "Laplace",
+    "Ledger",
+    "Noise",
+    "Normalization",
+    "QuantisedGaussian",
+    "RadiusCertificate",
+    "Smoothed",
+    "Splitting",
+    "Tally",
+    "ThreatModel",
+    "Uniform",
+    "UniformBall",
+    "Verification",
+    "add_attack",
+    "add_noise",
+    "agents",
+    "attack_policy",
+    "attack_suite",
+    "attacks",
+    "certify",
+    "certify_policy",
+    "certify_quantile",
+    "certify_return",
+    "certify_success",
+    "check_chain",
+    "denoise",
+    "envs",
+    "episode_budget",
+    "known_return_bounds",
+    "load_agent",
+    "make_atari_env",
+    "make_vec_env",
+    "networks",
+    "plug_in_return",
+    "policy",
+    "presets",
+    "radius_from_counts",
+    "robust_sarsa",
+    "rollouts",
+    "train",
+    "train_adversary",
     "verify_certificate",
 ]  # fmt: skip
 

@@ -44,8 +44,8 @@ FAST: dict[str, Callable[[], Attack]] = {
 }
 STRONG: dict[str, Callable[[], Attack]] = {
     **FAST,
-    "margin, 5 restarts": lambda: GradientAttack(Margin(), steps=40, restarts=5),
-    "MAD, 5 restarts": lambda: GradientAttack(ActionDeviation(), steps=40, restarts=5),
+    "margin, 5 restarts": lambda: GradientAttack(Margin(), steps=20, restarts=5),
+    "MAD, 5 restarts": lambda: GradientAttack(ActionDeviation(), steps=20, restarts=5),
     "targeted": lambda: GradientAttack(Targeted()),
     "momentum": lambda: MomentumAttack(Margin()),
     "Pattanaik": Pattanaik,

@@ -197,6 +197,13 @@ class AdversaryVecEnv(VecEnvWrapper):
         """The attack of a trained adversary, for `attack_policy` and the attack wrappers."""
         return LearnedAttack(adversary=adversary, **self.settings)
 
+    def describe(self) -> dict[str, Any]:
+        """Plain data that identifies the game: the victim's weights as they are, environment, budget and what the adversary decides."""
+        duel = self._duel
+        orders = {key: value for key, value in duel.orders.to_dict().items() if key not in ("kind", "given")}
+        facts = {"victim": duel.victim.fingerprint(), "recipe": duel.recipe.to_dict(), "threat": self.threat.to_dict()}
+        return {**facts, "deterministic": duel.deterministic, **orders}
+
     def renormalize(self, normalization: Normalization | None) -> None:
         """Go on with another normalisation of the frames: that of a victim that still learns."""
         self._duel.recipe = replace(self._duel.recipe, normalization=normalization)
