@@ -367,6 +367,12 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "unreachable cluster": (("certify", *ZIP, "--sigma", 0.2, "--ray", "nowhere"), "address"),
     "environment arguments that are no object": (("certify", *ZIP, "--sigma", 0.2, "--env-kwargs", "3"), "--env-kwargs must be a JSON object"),
     "threshold of another attack": (("attack", *ZIP, "--sigma", 0.2, "--attack", "mad", "--threshold", 1), "the attack mad takes no --threshold"),
+    "suite and attack": (("attack", *ZIP, "--sigma", 0.2, "--suite", "fast", "--attack", "mad"), "--suite has attacks of its own"),
+    "unknown suite": (("attack", *ZIP, "--sigma", 0.2, "--suite", "medium"), "suite must be one of"),
+    "attack in training without radius": (("train", "--env", "CartPole-v1", "--attack", "margin", "--out", "HERE/new"), "--attack needs --epsilon"),
+    "unknown attack in training": (
+        ("train", "--env", "CartPole-v1", "--attack", "nothing", "--epsilon", 0.1, "--out", "HERE/new"), "--attack must be one of"
+    ),
     "unknown norm": (("attack", *ZIP, "--sigma", 0.2, "--norm", 3), "norm must be one of"),
     "norm that is no number": (("attack", *ZIP, "--sigma", 0.2, "--norm", "two"), "--norm: 'two' is not a number"),
     "train with continuous actions": (("train", "--env", "Nothing-v0", "--out", "HERE/new"), "unknown environment id"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from dataclasses import replace
@@ -18,11 +19,14 @@ from toys import Steps
 
 from robustrl import presets
 from robustrl.api import load_agent
+from robustrl.attacks import ATTACKS
+from robustrl.envs.chain import layers_of
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.errors import ChainError
 from robustrl.noise import Gaussian
 from robustrl.policy import PolicyView
 from robustrl.policy.loading import load_model
+from robustrl.threat import ThreatModel
 from robustrl.training import train as train_module
 from robustrl.training.presets import Preset, preset_for
 from robustrl.training.robust import SADQN, SAPPO
@@ -247,3 +251,32 @@ def test_a_normalisation_that_is_learned_is_inside_noise_and_frame_stack(tmp_pat
         layers.append(type(layer).__name__)
         layer = layer.venv
     assert layers == ["FrameStack", "NoiseObservation", "VecNormalize"]
+
+
+@pytest.mark.parametrize("attack", ["learned", "margin"])
+def test_adversarial_training_leaves_a_run_of_the_environment_without_attack(tmp_path: Path, attack: str) -> None:
+    threat = ThreatModel(norm=math.inf, step=0.1)
+    attacker: Any = attack if attack == "learned" else ATTACKS[attack]()
+    hyperparameters = {"n_steps": 32, "batch_size": 64, "n_epochs": 1}
+    preset = replace(preset_for("CartPole-v1"), ppo=hyperparameters)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "preset_for", lambda _: preset)
+        model = quick(tmp_path / "run", attack=attacker, threat=threat, hyperparameters=None)
+    chain = [layer.name for layer in layers_of(model.get_env())]
+    assert chain[-2:] == ["VecAttack", "NoiseObservation"]
+    run = RunInfo.load(tmp_path / "run")
+    assert run.env == RECIPE
+    assert run.hyperparameters["attack"]["threat"] == json.loads(json.dumps(threat.to_dict()))
+    assert load_agent(tmp_path / "run").predict(np.zeros((1, 4), np.float32))[0].shape == (1,)
+    with pytest.raises(ValueError, match="attack and threat go together"):
+        quick(tmp_path / "other", attack=attacker)
+
+
+def test_an_attack_is_met_inside_a_normalisation_that_learns(tmp_path: Path) -> None:
+    threat = ThreatModel(norm=math.inf, step=0.1, units="normalized")
+    model = quick(tmp_path / "run", attack=ATTACKS["margin"](), threat=threat, normalize=True)
+    chain = [layer.name for layer in layers_of(model.get_env())]
+    assert chain[-3:] == ["VecNormalize", "VecAttack", "NoiseObservation"]
+    assert RunInfo.load(tmp_path / "run").env.normalization is not None
+    with pytest.raises(ValueError, match="units must be 'normalized'"):
+        quick(tmp_path / "other", attack=ATTACKS["margin"](), threat=ThreatModel(norm=math.inf, step=0.1), normalize=True)
