@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
-
-from gymnasium import spaces
 
 from robustrl.api import attack_policy
 from robustrl.attacks import (
@@ -33,6 +32,7 @@ from robustrl.errors import check_choice, check_count
 from robustrl.report.attack import AttackReport
 from robustrl.threat import ThreatModel
 from robustrl.training.adversary import train_adversary
+from robustrl.training.robust_sarsa import robust_sarsa
 
 FAST: dict[str, Callable[[], Attack]] = {
     "random": RandomNoise,
@@ -72,7 +72,7 @@ def attack_suite(
     """Attack a policy with a whole suite, budget after budget.
 
     "fast" has random noise and gradient attacks with a few steps. "strong" adds restarts, momentum, query-only attacks, and for every
-    budget adversaries that are trained (SA-RL, PA-AD) and a critic of the policy's own actions (Robust Sarsa) where they are continuous.
+    budget adversaries that are trained (SA-RL, PA-AD); and a critic of the policy's own actions (Robust Sarsa).
 
     Args:
         model: SB3 model or `PolicyView`.
@@ -80,7 +80,7 @@ def attack_suite(
         threats: budgets.
         suite: "fast" or "strong".
         episodes: per attack and budget; the same environment seeds for all.
-        adversary_timesteps: training of each learned attacker; 0 leaves them out.
+        adversary_timesteps: training of each learned attacker (at most 61,440 for the critic's data); 0 leaves them out.
         out: folder for finished chunks and trained adversaries: an interrupted run goes on from them.
         on_report: called with every report as it is made.
         on_skip: called with an attack's label and the reason why it cannot serve this policy or threat.
@@ -94,9 +94,11 @@ def attack_suite(
     recipe = EnvRecipe.of(env, **{name: options.pop(name) for name in _RECIPE if name in options})
     view, found = recipe.view(model), []
     home = None if out is None else Path(out)
+    trained = suite == "strong" and adversary_timesteps > 0
+    sarsa = _sarsa(model, recipe, min(61_440, adversary_timesteps)) if trained else {}
     for number, threat in enumerate(threats):
-        makers = dict(FAST if suite == "fast" else STRONG)
-        if suite == "strong" and adversary_timesteps:
+        makers = {**(FAST if suite == "fast" else STRONG), **sarsa}
+        if trained:
             makers |= _learned(model, recipe, threat, adversary_timesteps, None if home is None else home / f"budget{number}")
         here = in_frame_units(threat, recipe)
         for label, make in makers.items():
@@ -128,15 +130,16 @@ def _learned(
             model, recipe, threat, ActionDirection(), timesteps=timesteps, path=_in(folder, "pa-ad.zip")
         ),
     }
-    if isinstance(recipe.action_space, spaces.Box):
-        from robustrl.training.robust_sarsa import robust_sarsa
-
-        def values() -> Any:
-            return robust_sarsa(model, recipe, epochs=100, learning_rate=1e-3)
-
-        makers["Robust Sarsa"] = lambda: GradientAttack(LowValue(values()))
-        makers["Robust Sarsa + MAD"] = lambda: GradientAttack(Weighted(((0.99, LowValue(values())), (0.01, ActionDeviation()))))
     return makers
+
+
+def _sarsa(model: Any, recipe: EnvRecipe, timesteps: int) -> dict[str, Callable[[], Attack]]:
+    """Attacks through a critic that is fitted when the first of them is made."""
+    values = cache(lambda: robust_sarsa(model, recipe, timesteps=timesteps, epochs=100, learning_rate=1e-3))
+    return {
+        "Robust Sarsa": lambda: GradientAttack(LowValue(values())),
+        "Robust Sarsa + MAD": lambda: GradientAttack(Weighted(((0.99, LowValue(values())), (0.01, ActionDeviation())))),
+    }
 
 
 def _in(folder: Path | None, name: str) -> Path | None:

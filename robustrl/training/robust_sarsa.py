@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -33,7 +32,7 @@ class Transitions:
 
     Attributes:
         observations: (n, size), flat, as the policy sees them.
-        actions: (n, size), as the environment received them.
+        actions: (n, size), as the environment received them; discrete ones as unit vectors.
         rewards: (n,).
         next_observations: (n, size).
         next_actions: (n, size), what the policy did there.
@@ -57,18 +56,24 @@ class ActionValues(nn.Module):
     Args:
         n_inputs: entries of an observation and an action.
         width: of the hidden layers.
+        n_actions: of a policy with discrete actions, whose values (n, n_actions) are then asked for with the observations alone.
     """
 
     scale: Tensor
 
-    def __init__(self, n_inputs: int, width: int = 64) -> None:
+    def __init__(self, n_inputs: int, width: int = 64, n_actions: int | None = None) -> None:
         super().__init__()
+        self.n_actions = n_actions
         self.network = nn.Sequential(
             nn.Linear(n_inputs, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)
         )
         self.register_buffer("scale", torch.ones(()))
 
-    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+    def forward(self, observation: Tensor, action: Tensor | None = None) -> Tensor:
+        if action is None:
+            assert self.n_actions is not None
+            each = torch.eye(self.n_actions, device=observation.device)
+            return torch.stack([self(observation, row.expand(len(observation), -1)) for row in each], dim=1)
         joined = torch.cat((observation.flatten(1).float(), action.flatten(1).float()), dim=1)
         values: Tensor = self.network(joined).squeeze(1) * self.scale
         return values
@@ -102,8 +107,11 @@ def gather(policy: PolicyView, recipe: EnvRecipe, n: int, seed: int, *, n_envs: 
         venv.close()
     observed, acted, rewards, successors, ended, dones = (np.stack(parts) for parts in zip(*rows, strict=True))
     following = np.concatenate((acted[1:], acted[-1:]))
+    n_actions = policy.n_actions if policy.discrete else None
     for step, slot in zip(*np.nonzero(dones & ~ended), strict=True):  # truncated: what would have been done there
         following[step, slot] = _sampled(policy, successors[step, slot][None], generator)[0]
+    if n_actions is not None:
+        acted, following = np.eye(n_actions)[acted], np.eye(n_actions)[following]
     parts = (observed, acted, rewards, successors, following, ended)
     flat = [torch.from_numpy(part[:-1].reshape((len(part) - 1) * n_envs, -1)[:n].astype(np.float32)) for part in parts]
     return Transitions(flat[0], flat[1], flat[2][:, 0], flat[3], flat[4], flat[5][:, 0].bool())
@@ -128,6 +136,7 @@ def fit(
     minibatches: int = 32,
     learning_rate: float = 3e-4,
     seed: int = 0,
+    n_actions: int | None = None,
     progress: bool = False,
 ) -> ActionValues:
     """Fit action values to transitions by Sarsa, kept from changing much within `epsilon` of any (s, a).
@@ -143,6 +152,7 @@ def fit(
         minibatches: per pass.
         learning_rate: of Adam.
         seed: of weights and batches.
+        n_actions: of a policy with discrete actions.
         progress: show a bar with an ETA.
     """
     check_choice("successor", successor, ("true", "shuffled"))
@@ -150,7 +160,7 @@ def fit(
     weights, order = np.random.SeedSequence(seed).spawn(2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(integer_seed(weights))
-        values = ActionValues(data.observations.shape[1] + data.actions.shape[1])
+        values = ActionValues(data.observations.shape[1] + data.actions.shape[1], n_actions=n_actions)
     generator = torch_generator(order)
     scale = float(data.rewards.abs().mean()) / (1 - gamma) or 1.0  # values of about 1
     rewards = data.rewards / scale
@@ -190,7 +200,7 @@ def fit(
 
 
 def robust_sarsa(model: Any, env: Any, *, timesteps: int = 61_440, seed: int = 0, **options: Any) -> ActionValues:
-    """Action values of a policy with continuous actions, for `attacks.LowValue(critic=...)`.
+    """Action values of a policy, for `attacks.LowValue(critic=...)`, `attacks.Targeted` and `attacks.Pattanaik`.
 
     Args:
         model: SB3 model or `PolicyView`.
@@ -199,15 +209,11 @@ def robust_sarsa(model: Any, env: Any, *, timesteps: int = 61_440, seed: int = 0
         seed: of data, weights and batches.
         options: of `fit`; try several `epsilon` (.02 ... .3) and `regularisation` (.1 ... 10) and keep the strongest attack.
     Returns:
-        a module (observations, actions) -> (n,).
+        a module (observations, actions) -> (n,), and for discrete actions also (observations) -> (n, n_actions).
     Raises:
-        TypeError: for a policy with discrete actions, or one that cannot sample.
+        TypeError: for a policy that cannot sample.
     """
     recipe = EnvRecipe.of(env)
     policy = recipe.view(model)
-    if not isinstance(policy.action_space, spaces.Box):
-        raise TypeError(
-            f"model must have continuous actions, got {policy.action_space}: critics of discrete actions are its own values"
-        )
     data = gather(policy, recipe, check_count("timesteps", timesteps), seed)
-    return fit(data, seed=seed, **options)
+    return fit(data, seed=seed, n_actions=policy.n_actions if policy.discrete else None, **options)

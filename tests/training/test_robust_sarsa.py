@@ -8,10 +8,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from stable_baselines3 import DQN, PPO
+from stable_baselines3 import PPO
 
 import robustrl as rrl
-from robustrl.attacks import GradientAttack, LowValue
+from robustrl.attacks import GradientAttack, LowValue, Pattanaik
 from robustrl.networks.bounds import interval_bounds
 from robustrl.training.robust_sarsa import Transitions, fit, gather, robust_sarsa
 
@@ -91,8 +91,21 @@ def test_the_critic_goes_into_the_attack_and_its_random_numbers_are_its_own() ->
     assert np.isfinite(report.returns).all()
 
 
+def test_discrete_actions_have_a_value_each() -> None:
+    model = PPO("MlpPolicy", "CartPole-v1", seed=0, device="cpu")
+    critic = robust_sarsa(model, "CartPole-v1", timesteps=400, epochs=2)
+    observations = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    values = critic(observations)
+    assert values.shape == (5, 2)
+    assert torch.equal(values[:, 1], critic(observations, torch.tensor([[0.0, 1.0]]).expand(5, 2)))
+    for attack in (GradientAttack(LowValue(critic)), Pattanaik(critic=critic)):
+        report = rrl.attack_policy(model, "CartPole-v1", attack, rrl.ThreatModel(norm=math.inf, step=0.1), 2)
+        assert np.isfinite(report.returns).all()
+
+
 def test_policies_it_cannot_learn_from_are_refused() -> None:
-    with pytest.raises(TypeError, match="must have continuous actions"):
-        robust_sarsa(DQN("MlpPolicy", "CartPole-v1"), "CartPole-v1")
+    gsde = PPO("MlpPolicy", "Pendulum-v1", use_sde=True, seed=0, device="cpu")
+    with pytest.raises(TypeError, match="able to sample"):
+        robust_sarsa(gsde, "Pendulum-v1")
     with pytest.raises(ValueError, match="successor must be"):
         fit(chain(10), successor="next")  # type: ignore[arg-type]
