@@ -54,6 +54,7 @@ def test_attacks_that_cannot_serve_a_policy_are_left_out_with_their_reason() -> 
     assert {r.name for r in reports} | set(found) == set(STRONG)
 
 
+@pytest.mark.slow
 def test_the_strong_suite_trains_adversaries_once(tmp_path: Path) -> None:
     labels = []
     for _ in range(2):

@@ -5,6 +5,7 @@ from functools import partial
 
 from robustrl.attacks.ball import Ball
 from robustrl.attacks.base import Attack, AttackContext
+from robustrl.attacks.enchanting import Enchanting
 from robustrl.attacks.gradient import FGSM, GradientAttack, LangevinAttack, MomentumAttack
 from robustrl.attacks.hindsight import knapsack_oracle
 from robustrl.attacks.learned import ActionDirection, Command, LearnedAttack, Perturbation, TargetAction
@@ -72,6 +73,7 @@ __all__ = [
     "Ball",
     "Command",
     "CrossEntropy",
+    "Enchanting",
     "FlipAttack",
     "Flips",
     "Geometric",

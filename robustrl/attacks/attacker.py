@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -34,13 +35,14 @@ class Attacker:
         pixels: the range that attacked pictures stay in, or None.
         quantise: what (true frames, attacked frames) become before they are charged and delivered, e.g. whole grey levels.
         generator: the attacker's own random stream.
+        environments: gives the true environments of all slots, for attacks that plan in them; None where the host has none.
 
     Attributes:
         ledger: budgets, one row per slot.
         norms: of every slot's last perturbation, float64 (n_slots,).
         allowances: what they might have measured, float64 (n_slots,).
     Raises:
-        ValueError: if the attack cannot serve this victim or threat.
+        ValueError: if the attack cannot serve this victim, threat or host.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Attacker:
         pixels: Pixels = None,
         quantise: Callable[[Tensor, Tensor], Tensor] | None = None,
         generator: torch.Generator | None = None,
+        environments: Callable[[], Sequence[gym.Env[Any, Any]]] | None = None,
     ) -> None:
         if not isinstance(attack, Attack):
             raise TypeError(f"attack must be a robustrl attack such as attacks.SmoothedPGD(), got {attack!r}")
@@ -68,9 +71,11 @@ class Attacker:
             raise ValueError("horizon must be given with an episode budget: attackers spread it over the steps that are left")
         if policy is not None or not attack.needs_policy:
             attack.check(cast(PolicyView, policy), threat, noise)
+        attack.check_host(simulators=environments is not None)
         self.attack, self.policy, self.noise = attack, policy, noise
         self.n_frames, self.padding = check_count("n_frames", n_frames), padding
         self.pixels, self.quantise = pixels, quantise
+        self._environments = environments if attack.needs_simulator else None
         self.horizon = 1 if horizon is None else check_count("horizon", horizon)
         self.ledger = Ledger(threat, n_slots)
         self.norms, self.allowances = np.zeros(n_slots), self.ledger.allowance
@@ -147,12 +152,19 @@ class Attacker:
             pixels=self.pixels,
             scale=self._scale(frames),
             slots=rows,
+            environments=self._running(chosen),
         )
 
     def reset(self, slots: NDArray[np.int64] | None = None) -> None:
         """Start new episodes in the given slots (default all)."""
         self.ledger.reset(slots)
         self._step[slice(None) if slots is None else torch.from_numpy(slots).to(self.device)] = 0
+
+    def _running(self, slots: NDArray[np.int64]) -> tuple[gym.Env[Any, Any], ...] | None:
+        if self._environments is None:
+            return None
+        everyone = self._environments()
+        return tuple(everyone[slot] for slot in slots.tolist())
 
     def _stacks_like(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """True and delivered frame stacks of all slots."""

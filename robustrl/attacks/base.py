@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +43,8 @@ class AttackContext:
         scale: unit of every entry of a frame, float64 (*frame): norms are those of a perturbation divided by it; None for ones.
         slots: which episodes these are, int64 (n,); None for 0, ..., n - 1.
         command: what a learned attacker has decided, (n, ...), for the objectives that carry it out; None without one.
+        environments: the true environments of attacks that plan in them (`Attack.needs_simulator`), one per row, to be copied and never
+            changed; None for other attacks.
     """
 
     policy: PolicyView
@@ -61,6 +64,7 @@ class AttackContext:
     scale: Tensor | None = None
     slots: Tensor | None = None
     command: Tensor | None = None
+    environments: tuple[gym.Env[Any, Any], ...] | None = None
 
     def observation(self, frames: Tensor) -> Tensor:
         """What the network would see if the newest frame were `frames` (n, *frame); float32, differentiable in them."""
@@ -99,6 +103,8 @@ class AttackContext:
             values["slots"] = torch.arange(len(self.step), device=self.step.device)
         for name in ("clean_stack", "seen_stack", "memory", "allowance", "remaining", "step", "steps_left", "slots", "command"):
             values[name] = None if values[name] is None else values[name][rows]
+        if self.environments is not None:
+            values["environments"] = tuple(self.environments[row] for row in rows.tolist())
         return AttackContext(**values)
 
 
@@ -113,11 +119,12 @@ def _shifted(words: Tensor, bits: int) -> Tensor:
 
 
 class Described:
-    """Something that reports and chunk folders are identified by: its name and its attributes."""
+    """Something that reports and chunk folders are identified by: its name and its public attributes."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: the name and the attributes, nested where they describe themselves."""
-        return {"kind": type(self).__name__, **{key: _plain(value) for key, value in vars(self).items()}}
+        told = {key: _plain(value) for key, value in vars(self).items() if not key.startswith("_")}
+        return {"kind": type(self).__name__, **told}
 
 
 def _plain(value: object) -> Any:
@@ -144,6 +151,8 @@ class Attack(Described, ABC):
 
     needs_policy: ClassVar[bool] = True
     """Whether it looks at the policy that it attacks."""
+    needs_simulator: ClassVar[bool] = False
+    """Whether it plans in copies of the running environments."""
 
     @abstractmethod
     def perturb(self, frames: Tensor, context: AttackContext) -> Tensor:
@@ -159,3 +168,11 @@ class Attack(Described, ABC):
     def check(self, policy: PolicyView, threat: ThreatModel, noise: Noise | None) -> None:
         """Raise ValueError if the attack cannot serve this threat model, policy or noise; called before any work."""
         del policy, threat, noise
+
+    def check_host(self, *, simulators: bool) -> None:
+        """Raise ValueError if the attack plans in the environments and its host cannot give them (`simulators`)."""
+        if self.needs_simulator and not simulators:
+            raise ValueError(
+                f"{type(self).__name__} plans in copies of the running environments, which cannot be had here: use attack_policy with "
+                "engine='list', or an attack wrapper around a gymnasium.Env, a DummyVecEnv or a SyncVectorEnv"
+            )

@@ -164,11 +164,11 @@ class TargetAction(Command):
         return spaces.Discrete(policy.n_actions)
 
     def follow(self, frames: Tensor, context: AttackContext, radius: Tensor) -> Tensor:
-        return _climb(_Wanted(), frames, context, radius, self.steps)
+        return _climb(Wanted(), frames, context, radius, self.steps)
 
 
 @dataclass(frozen=True)
-class _Wanted(Objective):
+class Wanted(Objective):
     """The mean score of the commanded action, less that of the best other one."""
 
     def against(self, context: AttackContext, noise: Tensor) -> Gain:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.vector import VectorWrapper
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -148,6 +151,7 @@ class AttackCore:
             horizon=self.horizon,
             pixels=self.pixels,
             quantise=self._quantise,
+            environments=_simulators(self._env),
         )
         self.seed(self._seed)
 
@@ -234,6 +238,16 @@ def _holds(env: Any, wrapper: Any) -> bool:
         return any(layer.env is wrapper for layer in layers_of(env))
     except ChainError:
         return False
+
+
+def _simulators(env: Any) -> Callable[[], Sequence[gym.Env[Any, Any]]] | None:
+    """Where to find the single environments of a host, one per slot; None if they are out of reach."""
+    if isinstance(env, gym.Env):
+        return lambda: (env,)
+    while not hasattr(env, "envs") and (hasattr(env, "venv") or isinstance(env, VectorWrapper)):
+        env = env.venv if hasattr(env, "venv") else env.env
+    members = getattr(env, "envs", None)
+    return None if not members or not all(isinstance(member, gym.Env) for member in members) else lambda: members
 
 
 def _horizon(env: Any) -> int | None:

@@ -25,7 +25,7 @@ from robustrl.attacks.base import Attack
 from robustrl.envs.attack_core import attack_range
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.policy import INFERENCE_BATCH, PolicyView, push_frame, start_stack
-from robustrl.rollouts.engines import make_engine
+from robustrl.rollouts.engines import Engine, make_engine
 from robustrl.rollouts.executor import one_thread
 from robustrl.rollouts.identity import identity
 from robustrl.rollouts.streams import NoiseStreams
@@ -164,7 +164,7 @@ def _play(job: Job, chunk: int, n: int) -> Generator[None, None, Episodes]:
     engine = make_engine(recipe, job.engine)
     noise = None if recipe.noise is None else NoiseStreams(recipe.noise, seeds.noise, n, _noise_block(job, n), device)
     policy_generator = torch_generator(seeds.policy, device)
-    attacker = _attacker(job, seeds.attacker, n)
+    attacker = _attacker(job, seeds.attacker, n, engine)
     batch = _inference_batch(job)
 
     returns, lengths = np.zeros(n), np.zeros(n, dtype=np.int64)
@@ -206,7 +206,7 @@ def _play(job: Job, chunk: int, n: int) -> Generator[None, None, Episodes]:
     return Episodes(returns, lengths, environment_seeds, np.zeros(n) if attacker is None else attacker.ledger.spent)
 
 
-def _attacker(job: Job, seed: np.random.SeedSequence, n: int) -> Attacker | None:
+def _attacker(job: Job, seed: np.random.SeedSequence, n: int, engine: Engine) -> Attacker | None:
     if job.attack is None or job.threat is None:
         return None
     recipe = job.recipe
@@ -223,6 +223,7 @@ def _attacker(job: Job, seed: np.random.SeedSequence, n: int) -> Attacker | None
         horizon=recipe.horizon,
         pixels=attack_range(recipe.frame_space, job.threat),
         generator=torch_generator(seed, victim.device),
+        environments=getattr(engine, "environments", None),
     )
 
 

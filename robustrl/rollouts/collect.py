@@ -64,8 +64,11 @@ def make_job(
         raise ValueError("attack and threat go together: got one without the other")
     if attack is not None and threat is not None:
         attack.check(policy, threat, recipe.noise)
-    probe = make_engine(recipe, engine)
+    plans = attack is not None and attack.needs_simulator
+    probe = make_engine(recipe, "list" if plans and engine == "auto" else engine)
     probe.close()
+    if attack is not None:
+        attack.check_host(simulators=hasattr(probe, "environments"))
     if probe.name == "list":
         refuse_unseeded(recipe)
     default = probe.default_chunk if attack is None else min(probe.default_chunk, ATTACK_CHUNK)

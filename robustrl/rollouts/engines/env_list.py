@@ -115,6 +115,10 @@ class EnvList:
         self._probes.append(RewardProbe(env))
         return self._probes[-1]
 
+    def environments(self) -> list[gym.Env[Any, Any]]:
+        """The environments that are stepped, by slot."""
+        return [env for env, _ in self._inner]
+
     def step(self, actions: NDArray[Any]) -> Step:
         envs, probes, n = self._inner, self._probes, len(self._running)
         self._steps += 1
