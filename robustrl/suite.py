@@ -15,6 +15,7 @@ from robustrl.attacks import (
     ActionDeviation,
     ActionDirection,
     Attack,
+    Command,
     GradientAttack,
     LowValue,
     Margin,
@@ -28,7 +29,7 @@ from robustrl.attacks import (
 )
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.envs.units import in_frame_units
-from robustrl.errors import check_choice, check_count
+from robustrl.errors import ChunkError, check_choice, check_count
 from robustrl.report.attack import AttackReport
 from robustrl.threat import ThreatModel
 from robustrl.training.adversary import train_adversary
@@ -99,12 +100,16 @@ def attack_suite(
     for number, threat in enumerate(threats):
         makers = {**(FAST if suite == "fast" else STRONG), **sarsa}
         if trained:
-            makers |= _learned(model, recipe, threat, adversary_timesteps, None if home is None else home / f"budget{number}")
+            place = None if home is None else home / f"budget{number}"
+            greedy = options.get("deterministic", True)
+            makers |= _learned(model, recipe, threat, place, timesteps=adversary_timesteps, deterministic=greedy)
         here = in_frame_units(threat, recipe)
         for label, make in makers.items():
             try:
                 attack = make()
                 attack.check(view, here, recipe.noise)
+            except ChunkError:
+                raise
             except (TypeError, ValueError) as error:
                 if on_skip is not None:
                     on_skip(label, str(error))
@@ -121,16 +126,14 @@ _RECIPE = ("noise", "frame_stack", "normalization", "max_episode_steps")
 
 
 def _learned(
-    model: Any, recipe: EnvRecipe, threat: ThreatModel, timesteps: int, folder: Path | None
+    model: Any, recipe: EnvRecipe, threat: ThreatModel, folder: Path | None, **options: Any
 ) -> dict[str, Callable[[], Attack]]:
     """Attackers that are trained for one budget."""
-    makers: dict[str, Callable[[], Attack]] = {
-        "SA-RL": lambda: train_adversary(model, recipe, threat, timesteps=timesteps, path=_in(folder, "sa-rl.zip")),
-        "PA-AD": lambda: train_adversary(
-            model, recipe, threat, ActionDirection(), timesteps=timesteps, path=_in(folder, "pa-ad.zip")
-        ),
-    }
-    return makers
+
+    def trained(name: str, command: Command | None = None) -> Attack:
+        return train_adversary(model, recipe, threat, command, path=None if folder is None else folder / name, **options)
+
+    return {"SA-RL": lambda: trained("sa-rl.zip"), "PA-AD": lambda: trained("pa-ad.zip", ActionDirection())}
 
 
 def _sarsa(model: Any, recipe: EnvRecipe, timesteps: int) -> dict[str, Callable[[], Attack]]:
@@ -140,7 +143,3 @@ def _sarsa(model: Any, recipe: EnvRecipe, timesteps: int) -> dict[str, Callable[
         "Robust Sarsa": lambda: GradientAttack(LowValue(values())),
         "Robust Sarsa + MAD": lambda: GradientAttack(Weighted(((0.99, LowValue(values())), (0.01, ActionDeviation())))),
     }
-
-
-def _in(folder: Path | None, name: str) -> Path | None:
-    return None if folder is None else folder / name

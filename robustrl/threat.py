@@ -253,6 +253,12 @@ class Ledger:
                 self._spent[rows] = np.maximum(self._spent[rows], norms)
         return norms
 
+    def go_on(self, before: Ledger) -> None:
+        """Take over what the running episodes of a ledger of as many slots and the same norm have spent."""
+        if before.threat.norm != self.threat.norm or before._spent.shape != self._spent.shape:
+            raise ValueError(f"a ledger of {before.threat} and {before._spent.size} slots cannot go on as one of {self.threat}")
+        self._spent = before._spent
+
     def reset(self, slots: NDArray[np.int64] | None = None) -> None:
         """Start new episodes in the given rows (default all)."""
         self._spent[slice(None) if slots is None else slots] = 0.0

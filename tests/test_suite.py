@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import robustrl as rrl
 from robustrl.cli import app
 from robustrl.envs import EnvRecipe
+from robustrl.errors import ChunkError
 from robustrl.policy import PolicyView
 from robustrl.report.attack import AttackReport, attack_table, load_reports, save_reports
 from robustrl.report.figures import suite_figure
@@ -75,9 +76,9 @@ def test_an_adversary_of_another_victim_is_not_used_again(tmp_path: Path) -> Non
     path = tmp_path / "adversary.zip"
     train_adversary(RULE, CARTPOLE, THREATS[0], timesteps=64, path=path)
     other = PolicyView.from_torch(LinearRule(-torch.ones(4, dtype=torch.float64)), kind="q", observation_shape=(4,))
-    with pytest.raises(ValueError, match="another victim, environment or budget"):
+    with pytest.raises(ChunkError, match="another victim, environment or budget"):
         train_adversary(other, CARTPOLE, THREATS[0], timesteps=64, path=path)
-    with pytest.raises(ValueError, match="another victim, environment or budget"):
+    with pytest.raises(ChunkError, match="another victim, environment or budget"):
         train_adversary(RULE, CARTPOLE, THREATS[1], timesteps=64, path=path)
     train_adversary(RULE, CARTPOLE, THREATS[0], timesteps=64, path=path)
 

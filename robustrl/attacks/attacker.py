@@ -13,7 +13,6 @@ from torch import Tensor
 
 from robustrl.attacks.base import Attack, AttackContext
 from robustrl.attacks.geometry import Pixels, per_row
-from robustrl.attacks.integers import rounded as rounded
 from robustrl.errors import check_count
 from robustrl.noise import Noise
 from robustrl.policy import Padding, PolicyView, push_frame, start_stack
@@ -65,6 +64,8 @@ class Attacker:
             raise TypeError(f"attack must be a robustrl attack such as attacks.SmoothedPGD(), got {attack!r}")
         if not isinstance(threat, ThreatModel):
             raise TypeError(f"threat must be a ThreatModel, got {threat!r}")
+        if threat.units != "raw":
+            raise ValueError(f"threat must be in the units of the frames (units='raw') by now, got units={threat.units!r}")
         if policy is None and attack.needs_policy:
             raise ValueError(f"policy must be given: {type(attack).__name__} looks at the policy that it attacks")
         if horizon is None and threat.episode is not None:
@@ -74,12 +75,15 @@ class Attacker:
         attack.check_host(simulators=environments is not None)
         self.attack, self.policy, self.noise = attack, policy, noise
         self.n_frames, self.padding = check_count("n_frames", n_frames), padding
-        self.pixels, self.quantise = pixels, quantise
+        self.quantise = quantise
         self._environments = environments if attack.needs_simulator else None
         self.horizon = 1 if horizon is None else check_count("horizon", horizon)
         self.ledger = Ledger(threat, n_slots)
         self.norms, self.allowances = np.zeros(n_slots), self.ledger.allowance
         self.device = torch.device("cpu") if policy is None else policy.device
+        self.pixels = pixels
+        if pixels is not None and isinstance(pixels[0], Tensor):
+            self.pixels = cast(Pixels, tuple(end.to(self.device) for end in pixels))
         self.generator = torch.Generator(self.device) if generator is None else generator
         self._step = torch.zeros(n_slots, dtype=torch.int64, device=self.device)
         self._stacks: tuple[Tensor, Tensor] | None = None
@@ -115,6 +119,9 @@ class Attacker:
         result = self.attack.perturb(frames.clone(), context)
         if self.quantise is not None:
             result = self.quantise(frames, result)
+        if self.pixels is not None:  # whatever the attack knows of ranges
+            low, high = self.pixels
+            result = torch.maximum(torch.minimum(result, frames.clamp(min=high)), frames.clamp(max=low))
         self.allowances[chosen] = self.ledger.allowance[chosen]
         self.norms[chosen] = self.ledger.charge(before, result.cpu().numpy(), chosen)
         if seen is None:
@@ -154,6 +161,12 @@ class Attacker:
             slots=rows,
             environments=self._running(chosen),
         )
+
+    def go_on(self, before: Attacker) -> None:
+        """Take over the running episodes of another attacker of as many slots: what they have spent, seen and lasted."""
+        self.ledger.go_on(before.ledger)
+        self._step, self._stacks, self.generator = before._step.to(self.device), before._stacks, before.generator
+        self.norms, self.allowances = before.norms, before.allowances
 
     def reset(self, slots: NDArray[np.int64] | None = None) -> None:
         """Start new episodes in the given slots (default all)."""

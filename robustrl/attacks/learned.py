@@ -15,9 +15,10 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from robustrl.attacks.ball import Ball
 from robustrl.attacks.base import Attack, AttackContext, Described
 from robustrl.attacks.expectation import answers
-from robustrl.attacks.geometry import deliver, per_row, row_norms
+from robustrl.attacks.geometry import per_row, row_norms
 from robustrl.attacks.gradient import GradientAttack
 from robustrl.attacks.objectives import Gain, Objective
 from robustrl.attacks.timing import Allocation, Uniform, check_allocation
@@ -60,10 +61,13 @@ class Perturbation(Command):
 
     def follow(self, frames: Tensor, context: AttackContext, radius: Tensor) -> Tensor:
         assert context.command is not None
+        ball = Ball.around(frames, context, radius)
         unit = context.command.to(frames.dtype).clamp(-1, 1).reshape(frames.shape) * context.attackable
-        if context.norm != math.inf:
-            unit = unit / per_row(row_norms(unit, context.norm).clamp_min(1.0), unit)
-        return deliver(frames, per_row(radius, frames) * unit, radius, context.norm, context.pixels)
+        if ball.norm != math.inf:
+            unit = unit / per_row(row_norms(unit, ball.norm).clamp_min(1.0), unit)
+        delta = per_row(ball.radius, unit) * unit
+        delivered = ball.deliver(delta if ball.scale is None else (delta * ball.scale).to(delta.dtype))
+        return torch.where(per_row(ball.radius > 0, frames).bool(), delivered, frames)
 
 
 @dataclass(frozen=True)
@@ -288,7 +292,7 @@ class LearnedAttack(CommandedAttack):
             raise ValueError(f"adversary acts in {mine}, but {type(self.command).__name__} against this policy needs {needed}")
 
     def decide(self, context: AttackContext) -> Tensor:
-        view = self.adversary.to(context.clean_stack.device).eval()
+        view = self.adversary.eval()  # where it is: its weights may be a learner's
         with torch.no_grad():
-            scores = view.scores(self.situation(context))
-            return view.rule.choose(scores, None)  # type: ignore[no-any-return]
+            scores = view.scores(self.situation(context).to(view.device))
+            return view.rule.choose(scores, None).to(context.clean_stack.device)  # type: ignore[no-any-return]

@@ -34,24 +34,35 @@ class _Duel:
     def __init__(
         self, recipe: EnvRecipe, victim: Any, threat: ThreatModel, settings: dict[str, Any], n: int, deterministic: bool
     ) -> None:
-        self.recipe, self.n, self.deterministic = recipe, n, deterministic
-        self.victim, self.orders = recipe.view(victim), _Orders(**settings)
+        self.n, self.deterministic, self._model, self._threat = n, deterministic, victim, threat
+        self.orders = _Orders(**settings)
+        self._enter(recipe)
+        self.observation_space = self.orders.observation_space(self.victim, recipe.frame_stack)
+        self.action_space = self.orders.action_space(self.victim)
+        self._stack: Tensor | None = None
+        self._memory: Tensor | None = None
+        self._starting = np.ones(n, dtype=bool)
+
+    def _enter(self, recipe: EnvRecipe) -> None:
+        threat = in_frame_units(self._threat, recipe)
+        self.recipe, self.victim = recipe, recipe.view(self._model)
         self.attacker = Attacker(
             self.orders,
-            in_frame_units(threat, recipe),
+            threat,
             self.victim,
-            n,
+            self.n,
             noise=recipe.noise,
             n_frames=recipe.frame_stack,
             padding=recipe.stack_padding,
             horizon=recipe.horizon,
             pixels=attack_range(recipe.frame_space, threat),
         )
-        self.observation_space = self.orders.observation_space(self.victim, recipe.frame_stack)
-        self.action_space = self.orders.action_space(self.victim)
-        self._stack: Tensor | None = None
-        self._memory: Tensor | None = None
-        self._starting = np.ones(n, dtype=bool)
+
+    def renormalize(self, normalization: Normalization | None, normalize: Any) -> None:
+        """Go on with other statistics; running episodes keep their ledgers."""
+        before = self.attacker
+        self._enter(replace(self.recipe, normalization=normalization, normalize=normalize))
+        self.attacker.go_on(before)
 
     def seed(self, seed: int | None) -> None:
         """Restart attacker, noise and victim."""
@@ -77,10 +88,10 @@ class _Duel:
         """What the victims do, the attacker's commands carried out."""
         recipe, victim = self.recipe, self.victim
         first = torch.from_numpy(self._starting).to(victim.device)
-        if self._memory is not None:
-            self._memory[first] = 0
-        else:
+        if self._memory is None:
             self._memory = victim.memory(self.n)
+        else:
+            self._memory = torch.where(first.reshape(-1, *(1,) * (self._memory.ndim - 1)), 0.0, self._memory)
         self.orders.given[:] = [torch.from_numpy(np.asarray(commands)).to(victim.device)]
         victim.eval()  # training elsewhere may have switched the shared layers
         with torch.enable_grad():
@@ -204,9 +215,9 @@ class AdversaryVecEnv(VecEnvWrapper):
         facts = {"victim": duel.victim.fingerprint(), "recipe": duel.recipe.to_dict(), "threat": self.threat.to_dict()}
         return {**facts, "deterministic": duel.deterministic, **orders}
 
-    def renormalize(self, normalization: Normalization | None) -> None:
-        """Go on with another normalisation of the frames: that of a victim that still learns."""
-        self._duel.recipe = replace(self._duel.recipe, normalization=normalization)
+    def renormalize(self, recipe: EnvRecipe) -> None:
+        """Go on with another normalisation, that of a recipe: of a victim that still learns one."""
+        self._duel.renormalize(recipe.normalization, recipe.normalize)
 
     def seed(self, seed: int | None = None) -> Any:
         """Seed environments, attacker and victims."""

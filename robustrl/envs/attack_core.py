@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import gymnasium as gym
 import numpy as np
@@ -88,11 +88,11 @@ class AttackCore:
         if not self.bytes and any(kind is None or kind.kind != "f" for kind in kinds):
             raise TypeError(f"an attack needs observations of floats, or pictures of bytes (uint8), got {space}")
         self.horizon, normalized = _horizon(env) if horizon is None else horizon, _check_inside(env)
-        self.threat = _in_units_of(threat, box, normalized=normalized)
+        self.given, self.threat = threat, _in_units_of(threat, box, normalized=normalized)
         whole = self.bytes and self.delivery != "float"
         if whole:
             self.threat = self.threat.in_whole_levels()
-        self.pixels: Pixels = attack_range(box, self.threat, clip=bounds == "clip")
+        self.pixels: Pixels = attack_range(space, self.threat, clip=bounds == "clip")
         scale = self.threat.scales(box.shape)
         spent = greedy(self.threat.norm, None if scale is None else torch.from_numpy(scale))
         self._quantise = None if not whole else rounded if self.delivery == "round" else spent
@@ -127,19 +127,25 @@ class AttackCore:
         if self.normalization is not None:
             view = view.after(self.normalization)
         elif seen is not None and not _holds(self._env, live):
+            if isinstance(self.inner, spaces.Dict) or self.frame_stack > 1:
+                raise ChainError(
+                    "a VecNormalize outside an attack on dictionaries or stacked frames cannot be followed: put it inside the attack, or "
+                    "freeze it and pass make_vec_env(normalization=...)"
+                )
             view = view.denoised(_Learning(live))
+        if view.frame_shape != box.shape:
+            raise ValueError(f"victim takes frames of shape {view.frame_shape}, but the attack's are {box.shape}")
         self._victim = view
-        if self._victim.frame_shape != box.shape:
-            raise ValueError(f"victim takes frames of shape {self._victim.frame_shape}, but the attack's are {box.shape}")
         self._start()
 
     def use(self, attack: Attack) -> None:
-        """Go on with another attack, from the next reset of every environment's ledger on."""
+        """Go on with another attack; episodes that are running keep their ledgers."""
         self.attack = attack
         if self._victim is not None or not attack.needs_policy:
             self._start()
 
     def _start(self) -> None:
+        before = self.attacker
         self.attacker = Attacker(
             self.attack,
             self.threat,
@@ -153,7 +159,10 @@ class AttackCore:
             quantise=self._quantise,
             environments=_simulators(self._env),
         )
-        self.seed(self._seed)
+        if before is None:
+            self.seed(self._seed)
+        else:
+            self.attacker.go_on(before)
 
     def seed(self, seed: int | None) -> None:
         """Restart the attacker's random stream."""
@@ -234,10 +243,7 @@ class _Learning(nn.Module):
 
 def _holds(env: Any, wrapper: Any) -> bool:
     """Whether a wrapper is inside a chain."""
-    try:
-        return any(layer.env is wrapper for layer in layers_of(env))
-    except ChainError:
-        return False
+    return any(layer.env is wrapper for layer in layers_of(env, partly=True))
 
 
 def _simulators(env: Any) -> Callable[[], Sequence[gym.Env[Any, Any]]] | None:
@@ -259,10 +265,7 @@ def _horizon(env: Any) -> int | None:
 
 def _check_inside(env: Any) -> bool:
     """Whether the observations are normalised inside; an error if they are noisy already."""
-    try:
-        layers = layers_of(env)
-    except ChainError:
-        return False
+    layers = layers_of(env, partly=True)
     if any(layer.role == "noise" for layer in layers):
         raise ChainError(
             "attack outside the noise: the attacker would see the noise it is not allowed to see; the right order is environment -> "
@@ -293,16 +296,28 @@ def _in_units_of(threat: ThreatModel, box: spaces.Box, *, normalized: bool) -> T
     return threat.times(others[threat.units], units="raw")
 
 
-def attack_range(space: spaces.Box, threat: ThreatModel, *, clip: bool = False) -> Pixels:
-    """The range that attacked observations stay in: that of pictures; of vectors where asked for, or where norm 0 needs an end.
+def attack_range(space: spaces.Space[Any], threat: ThreatModel, *, clip: bool = False) -> Pixels:
+    """The range that attacked observations stay in: that of pictures and bytes; of vectors where asked for, or where norm 0 needs one.
 
     Args:
-        space: of one frame.
+        space: of one observation, a Box or a Dict of them.
         threat: the budget.
         clip: whether vectors stay inside their space too.
     """
-    if len(space.shape) > 1 and space.is_bounded():
-        return float(space.low.min()), float(space.high.max())
-    if clip or (threat.norm == 0 and space.is_bounded()):
-        return torch.from_numpy(space.low), torch.from_numpy(space.high)
-    return None
+    parts = [cast(spaces.Box, part) for part in (space.values() if isinstance(space, spaces.Dict) else (space,))]
+    held = [
+        clip or part.dtype == np.uint8 or (part.is_bounded() and (len(part.shape) > 1 or threat.norm == 0)) for part in parts
+    ]
+    if not any(held):
+        return None
+    if len(parts) == 1 and not clip and (parts[0].low.min(), parts[0].high.min()) == (parts[0].low.max(), parts[0].high.max()):
+        return float(parts[0].low.min()), float(parts[0].high.max())
+    ends = []
+    for name, nowhere in (("low", -np.inf), ("high", np.inf)):
+        found = [
+            getattr(part, name).astype(np.float64) if inside else np.full(part.shape, nowhere)
+            for part, inside in zip(parts, held, strict=True)
+        ]
+        joint = found[0] if not isinstance(space, spaces.Dict) else np.concatenate([each.reshape(-1) for each in found])
+        ends.append(torch.from_numpy(joint.astype(np.float64 if parts[0].dtype == np.float64 else np.float32)))
+    return ends[0], ends[1]

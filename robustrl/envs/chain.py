@@ -86,9 +86,12 @@ class Chain:
         return " -> ".join(self.layers) + f"  (noise: {self.noise}, horizon: {self.horizon})"
 
 
-def layers_of(env: Any) -> list[Layer]:
+def layers_of(env: Any, *, partly: bool = False) -> list[Layer]:
     """The layers of a chain, innermost first, through SB3 vector environments, Gymnasium vector environments and wrappers.
 
+    Args:
+        env: the outermost one.
+        partly: stop at environments in other processes instead of refusing them.
     Raises:
         ChainError: if an environment runs in another process and cannot be inspected.
         TypeError: if `env` is none of these.
@@ -113,6 +116,8 @@ def layers_of(env: Any) -> list[Layer]:
                     f"{' -> '.join(_names(chains[odd]))} instead of {' -> '.join(_names(chains[0]))}"
                 )
             return chains[0] + found[::-1]
+        elif partly and (isinstance(env, VecEnv) or "Async" in kind.__name__):
+            return found[::-1]
         elif isinstance(env, VecEnv) or "Async" in kind.__name__:
             raise ChainError(
                 f"{kind.__name__} runs its environments in other processes, where the chain cannot be inspected; "
@@ -202,7 +207,7 @@ def check_replay(env: Any) -> None:
 
     They keep `get_original_obs()` of any VecNormalize in the chain, wherever it sits.
     """
-    layers = layers_of(env)
+    layers = layers_of(env, partly=True)
     index = _index(layers)
     normalizers = [i for i in index["normalize"] if hasattr(layers[i].env, "get_original_obs")]  # those of rewards too
     for i in normalizers:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 from gymnasium.vector import VectorEnv
@@ -11,6 +12,9 @@ from robustrl.attacks.base import Attack
 from robustrl.envs import single, vector
 from robustrl.noise import Noise
 from robustrl.threat import ThreatModel
+
+if TYPE_CHECKING:
+    from robustrl.envs.recipe import EnvRecipe
 
 
 def add_noise(env: Any, noise: Noise, seed: int | None = None) -> Any:
@@ -68,10 +72,29 @@ def attack_host(env: Any) -> Any:
     """
     from robustrl.envs.chain import layers_of
 
-    host = next((layer.env for layer in layers_of(env) if layer.role == "attack"), None)
+    host = next((layer.env for layer in layers_of(env, partly=True) if layer.role == "attack"), None)
     if host is None:
         raise ValueError("env has no attack in its chain: wrap it with add_attack, or pass attack= and threat= to make_vec_env")
     return host
+
+
+def as_learner_sees(recipe: EnvRecipe, model: Any) -> EnvRecipe:
+    """A recipe with the VecNormalize of a learner's chain as it is now, on the side of attack and noise where it is there.
+
+    Args:
+        recipe: where the learner acts.
+        model: SB3 model; the recipe is returned as it is if it normalises no observations.
+    """
+    from robustrl.envs.chain import layers_of
+    from robustrl.policy import Normalization
+
+    live = model.get_vec_normalize_env()
+    if live is None or not live.norm_obs:
+        return recipe
+    layers = layers_of(model.get_env(), partly=True)
+    place = next((i for i, layer in enumerate(layers) if layer.env is live), 0)
+    outside = any(layer.role in ("attack", "noise") for layer in layers[:place])
+    return replace(recipe, normalization=Normalization.of(live), normalize="after_noise" if outside else "before_noise")
 
 
 def set_victim(env: Any, model: Any) -> None:

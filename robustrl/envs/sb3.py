@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,6 +13,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from robustrl.attacks.base import Attack
 from robustrl.envs.attack_core import AttackCore
+from robustrl.envs.chain import layers_of
 from robustrl.envs.core import NoiseCore
 from robustrl.envs.joint import as_batch, first_row, float_space, join, joint_box, split
 from robustrl.errors import check_choice, check_count
@@ -69,7 +71,7 @@ class VecAttack(VecEnvWrapper):
 
         venv = VecAttack(venv, GradientAttack(), ThreatModel(norm=inf, step=0.1))
         model = PPO("MlpPolicy", venv)
-        venv.victim = model         # or set_victim(outermost_wrapper, model)
+        set_victim(venv, model)     # of robustrl.envs; it also checks what an off-policy learner would store
         model.learn(100_000)
     """
 
@@ -95,6 +97,11 @@ class VecAttack(VecEnvWrapper):
         return self.venv.seed(seed)
 
     def reset(self) -> Any:
+        if self.victim is None and any(hasattr(layer.env, "get_original_obs") for layer in layers_of(self.venv, partly=True)):
+            warnings.warn(
+                "a VecNormalize inside the attack: off-policy learners would store clean observations; set_victim(env, model) checks",
+                stacklevel=2,
+            )
         frames = self.venv.reset()
         if self._next_seed is not None:
             self.core.seed(self._next_seed)

@@ -62,7 +62,7 @@ class AttackObservation(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     that is added outside. Put it inside noise and frame stack.
 
     Args:
-        env: environment with a Box observation space of floats or bytes, or a Dict of float Boxes, whose budget is joint.
+        env: environment with a Box observation space of floats or bytes, or a Dict of them, whose budget is joint.
         attack: the attacker, e.g. `robustrl.attacks.GradientAttack()`.
         threat: its budget, in the observations' units.
         victim: the policy that acts on the observations, an SB3 model or a `PolicyView`. Attacks that look at no policy need none;
@@ -70,7 +70,8 @@ class AttackObservation(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         noise, frame_stack, stack_padding: what is added outside, if anything: attackers average over the noise.
         horizon: most steps of an episode; default the environment's time limit.
         bounds: "expand" (a larger observation space) or "clip" (observations stay inside the old one). Pictures always stay inside.
-        delivery: of bytes: "float" (the space becomes float32) or "round" (whole grey levels).
+        delivery: of bytes: "float" (the space becomes float32), "round" (whole grey levels) or "greedy" (what rounding leaves of the
+            budget is spent on further levels).
         seed: of the attacker until the first `reset(seed=...)`.
         record_clean: put the true observation into `info["clean_obs"]`.
     Raises:

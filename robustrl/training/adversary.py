@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecNormalize
 
@@ -18,6 +23,19 @@ from robustrl.threat import ThreatModel
 from robustrl.training.train import save_model
 
 
+@contextmanager
+def untouched_generators() -> Iterator[None]:
+    """The global generators of torch, numpy and Python afterwards as they were: SB3 seeds them when it makes a model."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
 def train_adversary(
     model: Any,
     env: Any,
@@ -27,6 +45,7 @@ def train_adversary(
     timesteps: int = 300_000,
     n_envs: int = 8,
     path: Path | None = None,
+    deterministic: bool = True,
     seed: int = 0,
     **hyperparameters: Any,
 ) -> LearnedAttack:
@@ -40,23 +59,26 @@ def train_adversary(
         timesteps: of training.
         n_envs: victims side by side.
         path: where the adversary is kept, with a JSON of what it was trained against; one that is there is not trained again.
+        deterministic: the victim acts greedily, or samples.
         seed: of weights, environments and noise.
         hyperparameters: of PPO, in place of n_steps=256, batch_size=64 and SB3's defaults.
     Raises:
-        ValueError: if `path` holds the adversary of something else.
+        ChunkError: if `path` holds the adversary of something else.
     """
-    game = AdversaryVecEnv(env, model, threat, command, n_envs, seed=seed)
+    game = AdversaryVecEnv(env, model, threat, command, n_envs, deterministic=deterministic, seed=seed)
     about = {**game.describe(), "timesteps": timesteps, "seed": seed, "n_envs": n_envs, "hyperparameters": hyperparameters}
     about = json.loads(json.dumps(about, default=str))
     if path is not None and path.exists():
         if not path.with_suffix(".json").exists() or json.loads(path.with_suffix(".json").read_text()) != about:
-            raise ValueError(
+            raise ChunkError(
                 f"{path} is the adversary of another victim, environment or budget, or was trained in another way: delete it"
             )
         return game.attack(load_model(path, algo="ppo", device="cpu"))
     arguments = {"n_steps": 256, "batch_size": 64, "device": "cpu", "seed": seed, **hyperparameters}
-    with one_thread():
-        learner = PPO("MlpPolicy", VecNormalize(game, norm_obs=False), **arguments).learn(timesteps)
+    scaled = VecNormalize(game, norm_obs=False, gamma=hyperparameters.get("gamma", 0.99))
+    with one_thread(), untouched_generators():
+        learner = PPO("MlpPolicy", scaled, **arguments).learn(timesteps)
+    game.close()
     if path is not None:
         write_atomically(path.with_suffix(".json"), json.dumps(about, indent=1).encode())
         save_model(learner, path)

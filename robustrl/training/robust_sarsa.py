@@ -6,7 +6,7 @@ arXiv:2003.08938, section 3.5.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from robustrl.envs.recipe import EnvRecipe, make_vec_env
-from robustrl.errors import check_choice, check_count
+from robustrl.errors import check_choice, check_count, check_real
 from robustrl.networks.bounds import interval_bounds
 from robustrl.policy import PolicyView
 from robustrl.rollouts.executor import one_thread
@@ -85,11 +85,14 @@ def gather(policy: PolicyView, recipe: EnvRecipe, n: int, seed: int, *, n_envs: 
     Truncated episodes go on in the bootstrap; the last step of every environment is left out, as its successor's action is unknown.
 
     Raises:
-        TypeError: if the policy cannot sample.
+        TypeError: if the policy cannot sample, or has a memory.
     """
     if not policy.samples:
         raise TypeError("the policy must be able to sample actions: Robust Sarsa learns nothing from greedy ones")
-    venv = make_vec_env(recipe, n_envs, seed=seed)
+    if policy.memory_shape is not None:
+        raise TypeError("the policy must have no memory: its values are no function of the observation")
+    # what is normalised after the noise is normalised by the view
+    venv = make_vec_env(replace(recipe, normalization=None) if recipe.normalize == "after_noise" else recipe, n_envs, seed=seed)
     generator = torch_generator(np.random.SeedSequence(seed, spawn_key=(3,)), policy.device)
     rows: list[tuple[NDArray[Any], ...]] = []
     try:
@@ -157,6 +160,8 @@ def fit(
     """
     check_choice("successor", successor, ("true", "shuffled"))
     check_count("epochs", epochs)
+    if not 0 <= check_real("gamma", gamma) < 1:
+        raise ValueError(f"gamma must be in [0, 1), got {gamma}")
     weights, order = np.random.SeedSequence(seed).spawn(2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(integer_seed(weights))

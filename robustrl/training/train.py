@@ -119,7 +119,7 @@ def train(
             callbacks: list[BaseCallback] = [_Advance(advance)]
             if attack == "learned" and threat is not None:
                 callbacks.append(_adversary(recipe, threat, preset, side_by_side))
-            elif attack is not None:
+            if attack is not None:
                 set_victim(venv, model)
             model.learn(steps, callback=callbacks)
     if normalizer is not None:

@@ -223,3 +223,69 @@ def test_settings_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="episode must be the threat's"):
         rrl.attack_policy(BALANCER, CARTPOLE, attack, EPISODE, 2)
     assert attack.to_dict()["adversary"] == attack.adversary.fingerprint()
+
+
+def test_units_of_single_coordinates_bound_learned_perturbations() -> None:
+    threat = ThreatModel(norm=2, step=0.1, scale=(1.0, 2.0, 4.0, 8.0))
+    env = AdversaryEnv(CARTPOLE, BALANCER, threat, seed=0)
+    env.reset(seed=0)
+    for command in np.random.default_rng(0).uniform(-2, 2, (10, 4)).astype(np.float32):
+        *_, info = env.step(command)
+        assert 0.04 < info["norm"] <= 0.1 * (1 + 1e-9)
+
+
+def test_a_recurrent_victim_forgets_with_every_episode_and_only_then() -> None:
+    from sb3_contrib import RecurrentPPO
+
+    short = EnvRecipe.of("CartPole-v1", max_episode_steps=5)
+    victim = RecurrentPPO("MlpLstmPolicy", "CartPole-v1", seed=0, device="cpu")
+    env = AdversaryVecEnv(short, victim, STEP, n_envs=2, seed=0)
+    env.reset()
+    memories = []
+    for _ in range(7):
+        env.step(np.zeros((2, 4), np.float32))
+        memories.append(env._duel._memory.clone())
+    assert not torch.equal(memories[4], memories[3])
+    # an episode's first memory follows from its frame alone
+    env._duel._starting[:] = True
+    env._duel.respond(np.zeros((2, 4), np.float32))
+    once = env._duel._memory.clone()
+    env._duel._starting[:] = True
+    env._duel.respond(np.zeros((2, 4), np.float32))
+    assert torch.equal(env._duel._memory, once)
+    env._duel._starting[:] = False
+    env._duel.respond(np.zeros((2, 4), np.float32))
+    assert not torch.equal(env._duel._memory, once)
+
+
+def test_a_normalisation_after_the_noise_is_followed_by_the_duel() -> None:
+    """The victim behind new statistics is another one; running episodes keep what they have spent."""
+    from robustrl.policy import Normalization
+
+    def recipe(mean: float) -> EnvRecipe:
+        return EnvRecipe.of(
+            "CartPole-v1",
+            max_episode_steps=50,
+            normalization=Normalization(np.full(4, mean), np.ones(4)),
+            normalize="after_noise",
+        )
+
+    env = AdversaryVecEnv(recipe(0.0), BALANCER, EPISODE, n_envs=1, seed=0, allocation=Greedy())
+    env.reset()
+    env.step(np.array([[0.4, 0, 0, 0]], np.float32))
+    spent = env._duel.attacker.ledger.spent
+    assert spent[0] > 0.1
+    before = env._duel.victim.scores(torch.zeros(1, 4))
+    env.renormalize(recipe(1.0))
+    assert not torch.equal(env._duel.victim.scores(torch.zeros(1, 4)), before)
+    assert np.array_equal(env._duel.attacker.ledger.spent, spent)
+
+
+def test_the_learners_weights_stay_on_their_device_and_global_generators_as_they_were() -> None:
+    torch.manual_seed(3)
+    np.random.seed(3)  # noqa: NPY002
+    before = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    attack = rrl.train_adversary(BALANCER, CARTPOLE, STEP, timesteps=64, n_envs=2, n_steps=16, batch_size=16)
+    assert torch.equal(before[0], torch.random.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
+    assert attack.adversary.device.type == "cpu"

@@ -14,12 +14,12 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from toys import LinearRule, Steps
 
 import robustrl as rrl
 from robustrl.attacks import Attack, AttackContext, GradientAttack, Greedy, Margin, MinimalFlip, RandomNoise
-from robustrl.envs import AttackObservation, NoiseObservation, add_attack, add_noise
+from robustrl.envs import AttackObservation, NoiseObservation, add_attack, add_noise, set_victim
 from robustrl.envs.sb3 import VecAttack
 from robustrl.errors import ChainError
 from robustrl.policy import PolicyView
@@ -324,6 +324,88 @@ def test_norm_0_moves_entries_to_the_ends_of_their_range() -> None:
     observation, info = env.reset(seed=0)
     assert info["attack"]["norm"] == 2
     assert set(observation[observation != 0].tolist()) <= {-7.0, 9.0}
+
+
+class Memory(gym.Env[Any, Any]):
+    """Bytes that are no picture, as an Atari machine's memory."""
+
+    action_space = spaces.Discrete(2)
+    observation_space: Any = spaces.Box(0, 255, (16,), np.uint8)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return np.resize(np.array([255, 0, 254, 1], np.uint8), 16), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.reset()[0], 0.0, False, False, {}
+
+
+class Careless(Attack):
+    """Looks at no range."""
+
+    needs_policy = False
+
+    def perturb(self, frames: torch.Tensor, context: AttackContext) -> torch.Tensor:
+        return frames + 3 * torch.where(frames > 100, 1.0, -1.0)
+
+
+@pytest.mark.parametrize("delivery", ["float", "round", "greedy"])
+@pytest.mark.parametrize("attack", [RandomNoise("corner"), Careless()])
+def test_bytes_that_are_no_picture_do_not_wrap_either(delivery: Any, attack: Attack) -> None:
+    env = AttackObservation(
+        Memory(), attack, ThreatModel(norm=math.inf, step=3, units="uint8"), delivery=delivery, record_clean=True
+    )
+    observation, info = env.reset(seed=0)
+    difference = np.abs(observation.astype(float) - info["clean_obs"])
+    assert difference.max() <= 3
+    assert env.observation_space.contains(observation)
+    assert info["attack"]["norm"] == pytest.approx(difference.max(), abs=1e-5)
+
+
+def test_pictures_inside_dictionaries_stay_in_their_range() -> None:
+    class Both(Two):
+        observation_space = spaces.Dict({"a": spaces.Box(-9, 9, (2,), np.float32), "p": spaces.Box(0, 1, (3, 4), np.float32)})
+
+        def reset(self, **_: Any) -> Any:
+            return {"a": np.zeros(2, np.float32), "p": np.ones((3, 4), np.float32)}, {}
+
+    env = AttackObservation(gym.wrappers.TimeLimit(Both(), 5), Push(), ThreatModel(norm=math.inf, step=0.5))
+    observation, _ = env.reset()
+    assert (observation["p"] == 1).all()
+    assert observation["a"] == pytest.approx(0.5, abs=1e-5)
+    assert env.observation_space.contains(observation)
+
+
+def test_another_attack_in_the_middle_of_an_episode_goes_on_with_its_ledger() -> None:
+    env = AttackObservation(gym.wrappers.TimeLimit(Steps(5), 5), Push(), ThreatModel(norm=2, episode=1.0), seed=0)
+    env.reset()
+    env.core.use(RandomNoise())
+    _, _, _, _, info = env.step(0)
+    assert info["attack"]["budget_spent"] == pytest.approx(1.0, abs=1e-2)
+    assert info["attack"]["norm"] < 1e-2
+
+
+def test_environments_in_other_processes_can_be_attacked_too() -> None:
+    venv = SubprocVecEnv([lambda: gym.make("CartPole-v1")], start_method="spawn")
+    try:
+        attacked = VecAttack(venv, PGD, STEP, horizon=500)
+        set_victim(attacked, PPO("MlpPolicy", attacked, n_steps=8, batch_size=8, device="cpu"))
+        attacked.reset()
+        assert attacked.step(np.zeros(1, dtype=np.int64))[3][0]["attack"]["attacked"]
+    finally:
+        venv.close()
+
+
+def test_who_forgets_the_victim_is_warned_of_clean_replay_buffers() -> None:
+    inner = VecNormalize(DummyVecEnv([lambda: gym.make("CartPole-v1")]), training=False)
+    with pytest.warns(UserWarning, match="would store clean observations"):
+        VecAttack(inner, RandomNoise(), ThreatModel(norm=math.inf, step=0.1, units="normalized")).reset()
+
+
+def test_what_cannot_be_followed_is_refused() -> None:
+    venv = VecNormalize(VecAttack(DummyVecEnv([lambda: gym.wrappers.TimeLimit(Two(), 5)]), PGD, STEP))
+    with pytest.raises(ChainError, match="put it inside the attack, or freeze it"):
+        set_victim(venv, PPO("MultiInputPolicy", venv, n_steps=8, batch_size=8, device="cpu"))
 
 
 def test_grey_levels_and_unit_intervals_are_told_apart() -> None:

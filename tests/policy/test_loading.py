@@ -424,7 +424,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_an_unknown_algorithm_is_refused(plain: dict[str, bytes], tmp_path: Path) -> None:
     path = written(tmp_path / "agent.zip", plain)
-    with pytest.raises(ValueError, match="algo must be one of ppo, a2c, dqn, sac, td3, ddpg, recurrent_ppo, sa_ppo, sa_dqn, got 'trpo'"):
+    with pytest.raises(
+        ValueError, match="algo must be one of ppo, a2c, dqn, sac, td3, ddpg, recurrent_ppo, sa_ppo, sa_dqn, got 'trpo'"
+    ):
         load_model(path, algo="trpo")
     with pytest.raises(UnsafeModelError, match="pass the right --algo"):
         load_model(path, algo="dqn")

@@ -13,6 +13,7 @@ from stable_baselines3 import PPO
 import robustrl as rrl
 from robustrl.attacks import GradientAttack, LowValue, Pattanaik
 from robustrl.networks.bounds import interval_bounds
+from robustrl.policy import Normalization
 from robustrl.training.robust_sarsa import Transitions, fit, gather, robust_sarsa
 
 GAMMA = 0.9
@@ -91,6 +92,14 @@ def test_the_critic_goes_into_the_attack_and_its_random_numbers_are_its_own() ->
     assert np.isfinite(report.returns).all()
 
 
+def test_observations_are_those_that_the_policy_and_the_attack_see() -> None:
+    """A normalisation after the noise is the view's own: the critic gets what comes before it."""
+    normalization = Normalization(np.full(3, 0.5), np.full(3, 4.0))
+    recipe = rrl.EnvRecipe.of("Pendulum-v1", normalization=normalization, normalize="after_noise")
+    data = gather(recipe.view(PPO("MlpPolicy", "Pendulum-v1", seed=0, device="cpu")), recipe, 300, 0)
+    assert torch.allclose(data.observations[:, :2].square().sum(1), torch.ones(300), atol=1e-4)  # cos^2 + sin^2
+
+
 def test_discrete_actions_have_a_value_each() -> None:
     model = PPO("MlpPolicy", "CartPole-v1", seed=0, device="cpu")
     critic = robust_sarsa(model, "CartPole-v1", timesteps=400, epochs=2)
@@ -107,5 +116,7 @@ def test_policies_it_cannot_learn_from_are_refused() -> None:
     gsde = PPO("MlpPolicy", "Pendulum-v1", use_sde=True, seed=0, device="cpu")
     with pytest.raises(TypeError, match="able to sample"):
         robust_sarsa(gsde, "Pendulum-v1")
+    with pytest.raises(ValueError, match="gamma must be in"):
+        fit(chain(10), gamma=1.0)
     with pytest.raises(ValueError, match="successor must be"):
         fit(chain(10), successor="next")  # type: ignore[arg-type]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -12,11 +12,12 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from robustrl.attacks.learned import Command
 from robustrl.envs.adversary import AdversaryVecEnv
-from robustrl.envs.hosts import attack_host
+from robustrl.envs.hosts import as_learner_sees, attack_host
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.errors import check_count
-from robustrl.policy import Normalization
+from robustrl.seeding import integer_seed
 from robustrl.threat import ThreatModel
+from robustrl.training.adversary import untouched_generators
 
 
 class ATLA(BaseCallback):
@@ -63,25 +64,27 @@ class ATLA(BaseCallback):
     def _init_callback(self) -> None:
         if not isinstance(self.model, OnPolicyAlgorithm):
             raise TypeError(f"ATLA needs a learner with rollouts, such as PPO or SAPPO, got {type(self.model).__name__}")
-        host, recipe = attack_host(self.training_env), self._current()
+        host = attack_host(self.training_env)
+        if host.core.given != self.threat:
+            raise ValueError(f"threat must be that of the agent's VecAttack, {host.core.given}, got {self.threat}")
         host.core.attach(self.model, self.training_env)
-        self._duels = AdversaryVecEnv(recipe, self.model, self.threat, self.command, self.n_envs, seed=self.model.seed)
         if self.adversary is None:
+            # another seed than the agent's, whose environments and exploration would be the same
+            seed = integer_seed(np.random.SeedSequence(self.model.seed, spawn_key=(4,))) % 2**32
+            recipe = as_learner_sees(self.recipe, self.model)
+            self._duels = AdversaryVecEnv(recipe, self.model, self.threat, self.command, self.n_envs, seed=seed)
             # returns of any size: as the authors', rewards are scaled by the spread of discounted returns
             scaled = VecNormalize(self._duels, norm_obs=False, gamma=self.options.get("gamma", 0.99))
-            self.adversary = PPO("MlpPolicy", scaled, seed=self.model.seed, **self.options)
+            with untouched_generators():
+                self.adversary = PPO("MlpPolicy", scaled, seed=seed, **self.options)
+            self._agent = self.model
+        elif self.model is not self._agent:
+            raise ValueError("an ATLA callback goes with one learner: its adversary plays against that one")
         host.core.use(self._duels.attack(self.adversary))
-
-    def _current(self) -> EnvRecipe:
-        """The recipe with the normalisation as it is now."""
-        live = self.model.get_vec_normalize_env()
-        if live is None or not live.norm_obs:
-            return self.recipe
-        return replace(self.recipe, normalization=Normalization.of(live))
 
     def _on_rollout_start(self) -> None:
         assert self.adversary is not None
-        self._duels.renormalize(self._current().normalization)
+        self._duels.renormalize(as_learner_sees(self.recipe, self.model))
         steps = self.rollouts * self.adversary.n_steps * self.n_envs
         self.adversary.learn(steps, reset_num_timesteps=self.adversary.num_timesteps == 0)
         returns = [info["r"] for info in self.adversary.ep_info_buffer or ()]

@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 
 from robustrl.attacks.base import Attack
+from robustrl.envs.hosts import as_learner_sees
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.envs.units import in_frame_units
 from robustrl.errors import check_count
 from robustrl.files import write_atomically
-from robustrl.policy import Normalization
 from robustrl.rollouts.collect import collect, make_job
 from robustrl.threat import ThreatModel
 from robustrl.training.train import save_model
@@ -70,7 +69,10 @@ class RobustEvalCallback(BaseCallback):
         self.deterministic, self.seed = deterministic, check_count("seed", seed, least=0)
         self.best_worst_case = -math.inf
         self.history: list[tuple[int, dict[str, float]]] = []
-        self._due = every
+        self._due = self.every
+
+    def _on_training_start(self) -> None:
+        self._due = self.num_timesteps + self.every
 
     def _on_step(self) -> bool:
         if self.num_timesteps >= self._due:
@@ -80,10 +82,7 @@ class RobustEvalCallback(BaseCallback):
 
     def evaluate(self) -> dict[str, float]:
         """Mean returns by name; keeps the weights if the worst of them is the best so far."""
-        live = self.model.get_vec_normalize_env()
-        recipe = self.recipe
-        if live is not None and live.norm_obs:
-            recipe = replace(recipe, normalization=Normalization.of(live))
+        recipe = as_learner_sees(self.recipe, self.model)
         view, common = recipe.view(self.model), {"seed": self.seed, "deterministic": self.deterministic}
         means: dict[str, float] = {}
         for name, (attack, threat) in {"clean": (None, None), **self.attacks}.items():
@@ -107,6 +106,6 @@ class RobustEvalCallback(BaseCallback):
         path.parent.mkdir(parents=True, exist_ok=True)
         if recipe.normalization is not None:
             recipe.normalization.save(path.parent / "normalization.npz")
-        save_model(self.model, path)
         steps = f'{{"timesteps": {self.num_timesteps}, "worst_mean_return": {self.best_worst_case}}}'
         write_atomically(path.with_name("best.json"), steps.encode())
+        save_model(self.model, path)

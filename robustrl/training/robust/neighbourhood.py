@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecTransposeImage, is_vecenv_wrapped
 from torch import Tensor
 
 from robustrl.attacks.geometry import ascent, moved, project, unblocked
@@ -74,6 +75,12 @@ class Neighbourhood:
         units = learner_units(model.observation_space, normalized=vec_normalize is not None and vec_normalize.norm_obs)
         threat = check_epsilon(epsilon, norm)
         threat = threat if isinstance(epsilon, ThreatModel) else replace(threat, units=units)
+        transposed = is_vecenv_wrapped(model.get_env(), VecTransposeImage) if model.get_env() is not None else False
+        if transposed and (threat.mask is not None or threat.scale is not None):
+            raise ValueError(
+                "epsilon must have no mask and no scale for images with channels last, which the learner sees with channels first: "
+                "transpose them in the environment"
+            )
         around = cls.of(threat, model.observation_space, units)
         return replace(around, scale=around.scale.to(model.device))
 

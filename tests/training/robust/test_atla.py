@@ -15,9 +15,9 @@ from stable_baselines3.common.vec_env import VecNormalize
 import robustrl as rrl
 from robustrl.attacks import ActionDirection, GradientAttack, LearnedAttack, Margin, RandomNoise
 from robustrl.envs import EnvRecipe, make_vec_env, set_victim
-from robustrl.envs.hosts import attack_host
+from robustrl.envs.hosts import as_learner_sees, attack_host
 from robustrl.envs.recipe import wrap_vec_env
-from robustrl.policy import PolicyView
+from robustrl.policy import Normalization, PolicyView
 from robustrl.threat import ThreatModel
 from robustrl.training.robust import ATLA, SAPPO, RobustEvalCallback
 
@@ -66,6 +66,35 @@ def test_a_normalisation_that_still_learns_is_followed() -> None:
     assert not np.array_equal(followed.mean, np.zeros(4))
     with pytest.raises(TypeError, match="needs a learner with rollouts"):
         DQN("MlpPolicy", make_vec_env(CARTPOLE)).learn(10, callback=ATLA(CARTPOLE, THREAT))
+
+
+def test_a_normalisation_outside_the_attack_is_followed_on_its_side() -> None:
+    venv = VecNormalize(make_vec_env(CARTPOLE, 2, attack=RandomNoise(), threat=THREAT, seed=0), norm_reward=False)
+    model = PPO("MlpPolicy", venv, seed=0, **SMALL)
+    game = ATLA(CARTPOLE, THREAT, n_envs=2, **SMALL)
+    model.learn(192, callback=game)
+    assert game._duels._duel.recipe.normalize == "after_noise"
+    game._duels.renormalize(as_learner_sees(CARTPOLE, model))
+    raw = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    seen = torch.from_numpy(venv.normalize_obs(raw.numpy())).float()
+    assert torch.allclose(
+        game._duels._duel.victim.scores(raw), PolicyView.of(model, normalization=Normalization.of(venv)).scores(seen), atol=1e-5
+    )
+    assert torch.allclose(attack_host(venv).victim.scores(raw), game._duels._duel.victim.scores(raw), atol=1e-5)
+
+
+def test_a_second_stretch_of_training_goes_on_with_the_same_adversary() -> None:
+    venv = make_vec_env(CARTPOLE, 2, attack=RandomNoise(), threat=THREAT, seed=0)
+    model, game = PPO("MlpPolicy", venv, seed=0, **SMALL), ATLA(CARTPOLE, THREAT, n_envs=2, **SMALL)
+    model.learn(64, callback=game)
+    duels = game._duels
+    model.learn(64, callback=game, reset_num_timesteps=False)
+    assert game._duels is duels
+    assert game.adversary.num_timesteps == 128
+    with pytest.raises(ValueError, match="goes with one learner"):
+        PPO("MlpPolicy", make_vec_env(CARTPOLE, 2, attack=RandomNoise(), threat=THREAT), **SMALL).learn(64, callback=game)
+    with pytest.raises(ValueError, match="threat must be that of the agent's VecAttack"):
+        model.learn(64, callback=ATLA(CARTPOLE, ThreatModel(norm=math.inf, step=0.3)))
 
 
 def test_the_weights_kept_are_those_with_the_best_worst_case(tmp_path: Path) -> None:
