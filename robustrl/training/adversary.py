@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from robustrl.attacks import LearnedAttack
 from robustrl.envs.adversary import AdversaryVecEnv
+from robustrl.errors import ChunkError
 from robustrl.files import write_atomically
 from robustrl.policy.loading import load_model
 from robustrl.rollouts.executor import one_thread
