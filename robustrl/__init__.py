@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from robustrl.training.denoise import denoise
     from robustrl.training.robust import SADQN, SAPPO
     from robustrl.training.robust_sarsa import robust_sarsa
+    from robustrl.training.snooping import snoop
     from robustrl.training.train import train
     from robustrl.verification import Verification, verify_certificate
 
@@ -76,6 +77,7 @@ _HOMES = {
     "robustrl.training.denoise": ("denoise",),
     "robustrl.training.robust": ("SADQN", "SAPPO"),
     "robustrl.training.robust_sarsa": ("robust_sarsa",),
+    "robustrl.training.snooping": ("snoop",),
     "robustrl.training.train": ("train",),
     "robustrl.verification": ("Verification", "verify_certificate"),
 }

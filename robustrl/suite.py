@@ -34,6 +34,7 @@ from robustrl.report.attack import AttackReport
 from robustrl.threat import ThreatModel
 from robustrl.training.adversary import train_adversary
 from robustrl.training.robust_sarsa import robust_sarsa
+from robustrl.training.snooping import snoop
 
 FAST: dict[str, Callable[[], Attack]] = {
     "random": RandomNoise,
@@ -73,7 +74,7 @@ def attack_suite(
     """Attack a policy with a whole suite, budget after budget.
 
     "fast" has random noise and gradient attacks with a few steps. "strong" adds restarts, momentum, query-only attacks, and for every
-    budget adversaries that are trained (SA-RL, PA-AD); and a critic of the policy's own actions (Robust Sarsa).
+    budget adversaries that are trained (SA-RL, PA-AD); and from the policy's episodes an imitation (snooping) and a critic (Robust Sarsa).
 
     Args:
         model: SB3 model or `PolicyView`.
@@ -96,9 +97,9 @@ def attack_suite(
     view, found = recipe.view(model), []
     home = None if out is None else Path(out)
     trained = suite == "strong" and adversary_timesteps > 0
-    sarsa = _sarsa(model, recipe, min(61_440, adversary_timesteps)) if trained else {}
+    watched = _watched(model, recipe, min(61_440, adversary_timesteps)) if trained else {}
     for number, threat in enumerate(threats):
-        makers = {**(FAST if suite == "fast" else STRONG), **sarsa}
+        makers = {**(FAST if suite == "fast" else STRONG), **watched}
         if trained:
             place = None if home is None else home / f"budget{number}"
             greedy = options.get("deterministic", True)
@@ -136,10 +137,11 @@ def _learned(
     return {"SA-RL": lambda: trained("sa-rl.zip"), "PA-AD": lambda: trained("pa-ad.zip", ActionDirection())}
 
 
-def _sarsa(model: Any, recipe: EnvRecipe, timesteps: int) -> dict[str, Callable[[], Attack]]:
-    """Attacks through a critic that is fitted when the first of them is made."""
+def _watched(model: Any, recipe: EnvRecipe, timesteps: int) -> dict[str, Callable[[], Attack]]:
+    """Attacks that learn from the victim's own episodes, when the first of them is made: an imitation, and a critic."""
     values = cache(lambda: robust_sarsa(model, recipe, timesteps=timesteps, epochs=100, learning_rate=1e-3))
     return {
+        "snooping": lambda: snoop(model, recipe, observations=timesteps),
         "Robust Sarsa": lambda: GradientAttack(LowValue(values())),
         "Robust Sarsa + MAD": lambda: GradientAttack(Weighted(((0.99, LowValue(values())), (0.01, ActionDeviation())))),
     }

@@ -34,6 +34,15 @@ def test_the_page_on_agents_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "normalization.npz").exists()
 
 
+@pytest.mark.parametrize("page", ["attacks", "robust_training"])
+def test_the_pages_on_attacks_run_block_after_block(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    assert len(blocks(f"docs/methods/{page}.md")) >= 2
+    for block in blocks(f"docs/methods/{page}.md"):
+        exec(block, namespace)  # the page is ours
+
+
 @pytest.mark.parametrize("page", ["splitting", "label_flips"])
 def test_the_pages_on_exact_methods_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -65,6 +74,7 @@ def test_the_readme_example_runs_with_fewer_steps(tmp_path: Path, monkeypatch: p
         ("own_agent.py", "--timesteps 2048 --episodes 100 --attacked 4", "certificate-0.1.json"),
         ("continuous_agent.py", "--episodes 4 --attacked 1 --workers 1", "certificate.json"),
         ("one_input.py", "--epochs 5 --n 1000", "step.json"),
+        ("attack_and_harden.py", "--timesteps 1024 --episodes 2 --horizon 20", "hardened.json"),
     ],
 )
 def test_the_examples_run(

@@ -222,8 +222,7 @@ class Transfer(Attack):
     """An attack on an imitation of the victim (snooping): it needs nothing of the victim while it runs.
 
     Args:
-        surrogate: a differentiable imitation, such as `robustrl.training.objectives.fit_surrogate` makes from observations and the
-            victim's actions.
+        surrogate: a differentiable imitation; `robustrl.snoop` learns one from the victim's episodes.
         attack: what attacks it.
 
     Source: Papernot et al. (AsiaCCS 2017), arXiv:1602.02697; the snooping attack of Inkawhich, Chen, Li (AAMAS 2020),

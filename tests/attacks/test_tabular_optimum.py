@@ -74,11 +74,13 @@ def test_no_attack_of_the_gallery_is_worse_than_the_exact_worst_case(name: str) 
         assert (under >= WORST.values - 1e-9).all()
         assert MDP.value(under) <= CLEAN + 1e-9  # the victim's policy is optimal: nothing makes it better
     if name in ("margin", "pgd", "flip"):
-        assert value(attack) <= CLEAN - 0.95 * (CLEAN - LEAST)  # with two actions to choose from, flipping is nearly all there is
+        assert value(attack) <= CLEAN - 0.95 * (
+            CLEAN - LEAST
+        )  # with two actions to choose from, flipping is nearly all there is
 
 
-def trained(command: Any, timesteps: int, **options: Any) -> Attack:
-    game = AdversaryVecEnv(RECIPE, VICTIM, THREAT, command, 32, seed=0)
+def trained(command: Any, timesteps: int, n_envs: int, **options: Any) -> Attack:
+    game = AdversaryVecEnv(RECIPE, VICTIM, THREAT, command, n_envs, seed=0)
     settings = {"batch_size": 512, "n_epochs": 20, "learning_rate": 3e-3, "gamma": MDP.gamma, "seed": 0, "device": "cpu"}
     return game.attack(PPO("MlpPolicy", game, **{**settings, **options}).learn(timesteps))
 
@@ -87,9 +89,9 @@ def trained(command: Any, timesteps: int, **options: Any) -> Attack:
 @pytest.mark.parametrize(
     ("command", "timesteps", "options"),
     [
-        (Perturbation(), 20_480, {"n_steps": 32, "ent_coef": 0.01, "gae_lambda": 0.9}),
-        (TargetAction(steps=5), 16_384, {"n_steps": 256, "ent_coef": 0.02}),
-        (ActionDirection(steps=5), 12_288, {"n_steps": 64, "ent_coef": 0.01}),
+        (Perturbation(), 45_056, {"n_envs": 64, "n_steps": 32, "ent_coef": 0.01, "gae_lambda": 0.9}),
+        (TargetAction(steps=5), 16_384, {"n_envs": 32, "n_steps": 256, "ent_coef": 0.02}),
+        (ActionDirection(steps=5), 12_288, {"n_envs": 32, "n_steps": 64, "ent_coef": 0.01}),
     ],
     ids=["SA-RL", "PA-AD, target", "PA-AD, direction"],
 )
