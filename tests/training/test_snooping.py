@@ -45,7 +45,7 @@ def test_a_policy_without_gradients_is_hurt_through_its_imitation() -> None:
     report = rrl.attack_policy(sealed, clean, attack, threat, 10)
     aimless = rrl.attack_policy(sealed, clean, RandomNoise("corner"), threat, 10)
     assert report.clean_mean == 100
-    assert report.mean < 0.75 * aimless.mean
+    assert report.mean < 0.9 * aimless.mean
 
 
 def test_policies_with_a_memory_are_refused() -> None:
