@@ -144,6 +144,7 @@ __all__ = [
     "radius_from_counts",
     "robust_sarsa",
     "rollouts",
+    "snoop",
     "train",
     "train_adversary",
     "verify_certificate",
