@@ -220,7 +220,7 @@ CARTPOLE_MECHANISMS: dict[str, tuple[Noise, float]] = {
     "gaussian": (Gaussian(0.2), 0.6),
     "uniform": (rrl.Uniform(0.3), 0.2),
     "laplace": (Laplace(0.15), 0.15),
-    "ablation": (Ablation(0.6), 1.0),
+    "ablation": (Ablation(0.7), 1.0),
 }
 
 
@@ -241,7 +241,7 @@ def cartpole(mechanism: str) -> Case:
         victim,
         recipe,
         ThreatModel(norm=noise.norm, episode=budget),
-        rrl.certify_policy(victim, recipe, [0.0, budget], 2_000, alpha=ALPHA),
+        rrl.certify_policy(victim, recipe, [0.0, budget], 2_000, alpha=ALPHA, return_low=0, return_high=60),
     )
 
 
@@ -249,7 +249,7 @@ def cartpole(mechanism: str) -> Case:
 @pytest.mark.parametrize(("mechanism", "name"), cases(CARTPOLE_MECHANISMS, balancer()))
 def test_no_attack_on_a_smoothed_cartpole_crosses_its_certificate(mechanism: str, name: str) -> None:
     case = cartpole(mechanism)
-    assert case.certificate.values[1] > 10  # there is something to cross
+    assert case.certificate.values[1] > 5  # there is something to cross
     case.attacked(made(name), 20, high=60.0)
 
 

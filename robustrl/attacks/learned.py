@@ -114,7 +114,7 @@ def _behaviour(x: Tensor, context: AttackContext, noise: Tensor) -> Tensor:
 class ActionDirection(Command):
     """PA-AD: the adversary chooses a direction for the policy's behaviour, gradients find the perturbation that pushes it there.
 
-    Continuous actions: a direction of the mean action, |A| numbers. Discrete actions: a direction of the action probabilities, |A| - 1
+    Continuous actions: a direction of the mean action, a number per entry. Discrete actions: a direction of the action probabilities, n - 1
     numbers (the last entry makes the sum zero).
 
     Args:

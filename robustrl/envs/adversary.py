@@ -177,7 +177,7 @@ class AdversaryEnv(gym.Env[Any, Any]):
 
 
 class AdversaryVecEnv(VecEnvWrapper):
-    """Many `AdversaryEnv`s side by side for Stable-Baselines3: victims and gradients are computed in batches.
+    """Many of `AdversaryEnv` side by side for Stable-Baselines3: victims and gradients are computed in batches.
 
     Args:
         n_envs: how many.
