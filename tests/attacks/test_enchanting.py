@@ -14,9 +14,10 @@ import pytest
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
-from toys import Steps, balancer
+from toys import LinearRule, Steps, balancer
 
 import robustrl as rrl
+from attacks.victims import context
 from robustrl.agents import AttackedAgent
 from robustrl.attacks import AttackContext, Enchanting, RandomNoise
 from robustrl.attacks.enchanting import Simulator
@@ -180,9 +181,12 @@ class Corridor(gym.Env[Any, Any]):
     observation_space = spaces.Box(0, 9, (1,), np.float32)
     action_space = spaces.Discrete(2, start=10)
 
+    def __init__(self, start: int = 4) -> None:
+        self.start = start
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
-        self.cell = 4
+        self.cell = self.start
         return np.array([self.cell], np.float32), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -209,12 +213,39 @@ def test_a_plan_is_the_way_to_the_target_and_lasts_until_it_is_made_again(target
     assert len(attack._plans[env][1]) == 1  # no longer than the episode
 
 
+RIGHT_IF_HIGH = PolicyView.from_torch(LinearRule([1.0], -4.0), kind="q", observation_shape=(1,))
+
+
+def test_every_episode_is_planned_in_its_own_environment() -> None:
+    """From cells 1 and 7 to cell 4: what is shown goes up in the one and down in the other."""
+    attack = Enchanting((4.0,), length=3, every=2, samples=20, elite=0.2)
+    venv = DummyVecEnv([lambda: Corridor(1), lambda: Corridor(7)])
+    attacked = rrl.envs.add_attack(venv, attack, ThreatModel(norm=2, step=0.5), victim=RIGHT_IF_HIGH, horizon=10)
+    assert attacked.reset().ravel().tolist() == pytest.approx([1.5, 6.5])
+    frames = torch.tensor([[1.0], [7.0]])
+    several = context(RIGHT_IF_HIGH, frames, [0.0, 0.5], environments=tuple(venv.envs))
+    assert attack.perturb(frames, several).ravel().tolist() == pytest.approx([1.0, 6.5])
+
+
+def test_plans_stay_where_their_environments_are() -> None:
+    env = Corridor()
+    env.reset()
+    attack = Enchanting((7.0,), samples=20)
+    attack._planned(env, 0, 10, seed=0)
+    assert len(attack._plans) == 1
+    for copied in (pickle.loads(pickle.dumps(attack)), copy.deepcopy(attack)):
+        assert copied == attack
+        assert type(copied._plans) is type(attack._plans)
+        assert not copied._plans
+    del env
+    assert not attack._plans
+
+
 def test_episodes_are_planned_as_if_alone_and_by_the_seed() -> None:
     attack, numbers = Enchanting(**FALLEN_LEFT, **SMALL), []
     for width in (None, 2):
         job = make_job(balancer(), CARTPOLE, attack=attack, threat=STEP, seed=2, chunk_size=4)
         assert job.engine == "list"
-        assert width is None or pickle.loads(pickle.dumps(attack)) == attack
         numbers.append(collect(job, 8, in_flight=width))
     for name in ("returns", "lengths", "spent"):
         assert np.array_equal(*(getattr(found, name) for found in numbers))
