@@ -89,7 +89,7 @@ def attack_suite(
         seed: of the episodes; adversaries learn on others.
         options: of `attack_policy`.
     Returns:
-        reports, with the labels of their attacks; the most harmful is `min(reports, key=lambda r: r.mean)` of a budget's.
+        reports, with the labels of their attacks; the most harmful of a budget's is the one with the least `mean`.
     """
     check_choice("suite", suite, ("fast", "strong"))
     check_count("adversary_timesteps", adversary_timesteps, least=0)

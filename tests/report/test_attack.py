@@ -49,15 +49,20 @@ def test_an_upper_bound_below_the_certificate_raises_the_alarm() -> None:
     assert report(certified=1e9, upper=math.inf).upper == math.inf
 
 
+MARGIN = f"{4.302652730 * float(np.std(report().returns, ddof=1)) / math.sqrt(3):.2f}"
+"""Student's interval of three episodes."""
+
+
 def test_the_table_has_a_line_per_report_and_says_what_it_is_not() -> None:
     lines = attack_table([report(), report(0.25, certified=None, upper=math.inf)]).splitlines()
     assert len(lines) == 4
-    assert lines[0].split() == ["attack", "budget", "episodes", "clean", "attacked", "upper", "certified", "spent"]
-    assert lines[1].split() == ["SmoothedPGD", "0.6", "3", "196.67", "100.00", "130.00", "80.00", "0.500"]
-    assert lines[2].split() == ["SmoothedPGD", "0.25", "3", "196.67", "100.00", "inf", "-", "0.500"]
+    assert lines[0].split() == ["attack", "budget", "episodes", "clean", "attacked", "+-", "upper", "certified", "spent"]
+    assert lines[1].split() == ["SmoothedPGD", "0.6", "3", "196.67", "100.00", MARGIN, "130.00", "80.00", "0.500"]
+    assert lines[2].split() == ["SmoothedPGD", "0.25", "3", "196.67", "100.00", MARGIN, "inf", "-", "0.500"]
     assert (
         lines[3]
-        == "upper: 95% upper confidence bound of the attacked mean, each row on its own; an attack shows what is possible, not what is worst"
+        == "+-: 95% interval over episodes; upper: 95% upper confidence bound of the attacked mean, each row on its own; an attack shows "
+        "what is possible, not what is worst"
     )
     assert report().table() == attack_table([report()])
     assert len(attack_table([]).splitlines()) == 2
