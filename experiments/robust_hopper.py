@@ -49,9 +49,9 @@ LABELS = {
     "random": "random corner",
     "min-v": "MinV",
     "mad": "MAD",
-    "rs": "Robust Sarsa",
-    "rs-shuffled": "the same, shuffled successors",
-    "rs-mad": "Robust Sarsa + MAD",
+    "rs": "RS",
+    "rs-shuffled": "RS, shuffled",
+    "rs-mad": "RS + MAD",
     "sa-rl": "SA-RL",
     "pa-ad": "PA-AD",
 }
@@ -165,14 +165,14 @@ def figure(agents: dict[str, dict[str, AttackReport]]) -> Figure:
         rows = [next(iter(reports.values())).clean, *(reports[attack].returns for attack in LABELS if attack != "none")]
         errors = [1.96 * row.std(ddof=1) / math.sqrt(len(row)) for row in rows]
         ax.bar(
-            np.arange(len(rows)) + (i - 1) * width,
+            np.arange(len(rows)) + (i - (len(agents) - 1) / 2) * width,
             [row.mean() for row in rows],
             width,
             yerr=errors,
             label=name,
             error_kw={"lw": 1},
         )
-    ax.set_xticks(range(len(LABELS)), [label.replace(" ", "\n", 1) for label in LABELS.values()], fontsize=8)
+    ax.set_xticks(range(len(LABELS)), list(LABELS.values()), fontsize=8)
     ax.set_ylabel("mean return (95 % over episodes)")
     ax.set_title("Hopper-v5, every observation moved by up to .075 standard deviations")
     ax.legend(loc="upper right")
