@@ -15,6 +15,7 @@ from toys import LinearRule
 from typer.testing import CliRunner
 
 import robustrl as rrl
+from robustrl.attacks import RandomNoise
 from robustrl.cli import app
 from robustrl.envs import EnvRecipe
 from robustrl.errors import ChunkError
@@ -141,3 +142,26 @@ def test_unknown_suites_are_refused() -> None:
     with pytest.raises(ValueError, match="adversary_timesteps"):
         attack_suite(RULE, CARTPOLE, THREATS, adversary_timesteps=-1)
     assert rrl.attack_suite is attack_suite
+
+
+def test_the_seed_of_a_suite_is_that_of_its_episodes_and_adversaries_play_the_victim_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, recipe = PPO("MlpPolicy", "Pendulum-v1", seed=0, device="cpu"), EnvRecipe.of("Pendulum-v1", max_episode_steps=3)
+    threat = ThreatModel(norm=math.inf, step=0.1)
+    expected = rrl.attack_policy(model, recipe, RandomNoise(), threat, 2, seed=7)
+    found = attack_suite(model, recipe, [threat], "fast", 2, seed=7)[0]
+    assert np.array_equal(found.clean, expected.clean)
+    assert np.array_equal(found.returns, expected.returns)
+    asked: list[bool] = []
+
+    def refuse(*_: object, deterministic: bool, **__: object) -> None:
+        asked.append(deterministic)
+        raise ValueError("not today")
+
+    monkeypatch.setattr("robustrl.suite.train_adversary", refuse)
+    monkeypatch.setattr("robustrl.suite.STRONG", {})
+    monkeypatch.setattr("robustrl.suite._watched", lambda *_: {})
+    for deterministic in (True, False):
+        attack_suite(model, recipe, [threat], "strong", 2, deterministic=deterministic)
+    assert asked == [True, True, False, False]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium as gym
@@ -289,3 +290,94 @@ def test_the_learners_weights_stay_on_their_device_and_global_generators_as_they
     assert torch.equal(before[0], torch.random.get_rng_state())
     assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
     assert attack.adversary.device.type == "cpu"
+
+
+def test_a_terminal_situation_says_what_is_left_to_its_own_slot() -> None:
+    recipe = EnvRecipe(factory=lambda: Steps(1), max_episode_steps=10)
+    env = AdversaryVecEnv(recipe, BALANCER, EPISODE, n_envs=2, seed=0, allocation=Greedy())
+    env.reset()
+    following, _, dones, infos = env.step(np.array([[0, 0, 0, 0], [0.6, 0, 0, 0]], np.float32))
+    assert dones.all()
+    assert infos[0]["terminal_observation"] == pytest.approx([1, 1, 1, 1, 1.0, 0.9], abs=1e-6)
+    assert infos[1]["terminal_observation"] == pytest.approx([1, 1, 1, 1, 0.8, 0.9], abs=1e-6)
+    assert following.tolist() == [[0, 0, 0, 0, 1, 1]] * 2
+
+
+def test_an_episode_that_begins_beside_running_ones_leaves_their_budgets() -> None:
+    env = AdversaryVecEnv(CARTPOLE, BALANCER, EPISODE, n_envs=2, seed=0, allocation=Greedy())
+    env.reset()
+    env.step(np.array([[0.6, 0, 0, 0]] * 2, np.float32))
+    seen = env._duel.arrive(np.zeros((2, 4), np.float32), np.array([False, True]))
+    assert seen[:, 4] == pytest.approx([0.8, 1.0], abs=1e-6)
+
+
+@dataclass(frozen=True)
+class Watching(Perturbation):
+    """Keeps what its contexts say."""
+
+    contexts: list[AttackContext] = field(default_factory=list)
+
+    def follow(self, frames: torch.Tensor, context: AttackContext, radius: torch.Tensor) -> torch.Tensor:
+        self.contexts.append(context)
+        return super().follow(frames, context, radius)
+
+
+def test_commands_are_carried_out_knowing_the_noise_and_the_stack_that_the_victim_saw() -> None:
+    recipe = EnvRecipe(factory=lambda: Steps(3), max_episode_steps=3, noise=rrl.Gaussian(0.1), frame_stack=2)
+    victim = PolicyView.from_torch(LinearRule(torch.ones(8, dtype=torch.float64)), kind="q", observation_shape=(8,), n_frames=2)
+    command = Watching()
+    env = AdversaryVecEnv(recipe, victim, STEP, command, n_envs=2, seed=0)
+    env.reset()
+    for t in range(6):
+        before = env._duel._stack
+        env.step(np.ones((2, 4), np.float32))
+        (context, stack) = (command.contexts[-1], env._duel._stack)
+        assert context.noise is recipe.noise
+        assert 0.01 < (stack[:, 1] - t % 3 - 0.1).abs().mean() < 0.5  # the attacked frame with noise
+        old = stack[:, 1] if t % 3 == 0 else before[:, 1]  # an episode's first stack is filled
+        assert torch.equal(stack[:, 0], old)
+        assert t % 3 == 0 or torch.equal(context.seen_stack[:, 0].float(), old)
+
+
+def test_budgets_are_in_the_units_of_the_frames_and_pictures_stay_in_their_range() -> None:
+    from robustrl.policy import Normalization
+
+    normalization = Normalization(np.zeros(4), np.full(4, 4.0))
+    env = AdversaryEnv(EnvRecipe.of(CARTPOLE, normalization=normalization), BALANCER, STEP, seed=0)
+    env.reset(seed=0)
+    assert env.step(np.ones(4, np.float32))[-1]["norm"] == pytest.approx(0.05, rel=1e-4)  # of standard deviations of 2
+
+    class White(Steps):
+        observation_space = spaces.Box(0, 1, (2, 2), np.float32)
+
+        def reset(self, **options: Any) -> Any:
+            return np.ones((2, 2), np.float32), super().reset(**options)[1]
+
+    victim = PolicyView.from_torch(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), kind="q", observation_shape=(2, 2))
+    env = AdversaryEnv(EnvRecipe(factory=lambda: White(3), max_episode_steps=3), victim, STEP, seed=0)
+    env.reset(seed=0)
+    env._duel.respond(np.array([[1, 1, 1, -1]], np.float32))
+    assert env._duel._stack.flatten().tolist() == pytest.approx([1, 1, 1, 0.9], abs=1e-5)
+
+
+def test_victims_act_within_their_space_and_sample_where_asked() -> None:
+    class Pays(Steps):
+        action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+        def step(self, action: Any) -> Any:
+            return np.ones(4, np.float32), float(action[0]), False, False, {}
+
+    strong = PolicyView.from_torch(
+        Wide(torch.full((1, 4), 9.0, dtype=torch.float64)),
+        kind="deterministic",
+        observation_shape=(4,),
+        action_space=Pays.action_space,
+    )
+    env = AdversaryEnv(EnvRecipe(factory=Pays, max_episode_steps=9), strong, STEP, seed=0)
+    env.reset(seed=0)
+    assert env.step(np.ones(4, np.float32))[1] == -1.0
+    coin = PolicyView.from_torch(LinearRule(torch.zeros(4, dtype=torch.float64)), kind="logits", observation_shape=(4,))
+    for deterministic in (True, False):
+        many = AdversaryVecEnv(CARTPOLE, coin, STEP, n_envs=16, deterministic=deterministic, seed=0)
+        many.reset()
+        assert len(set(many._duel.respond(np.zeros((16, 4), np.float32)).tolist())) == (1 if deterministic else 2)

@@ -505,3 +505,60 @@ def test_spaces_without_a_norm_are_refused() -> None:
 def test_an_episode_budget_needs_a_horizon() -> None:
     with pytest.raises(ValueError, match="horizon must be given"):
         AttackObservation(Steps(3), Push(), ThreatModel(norm=2, episode=1.0))
+
+
+@pytest.mark.parametrize("host", ["vector", "sb3"])
+def test_an_episodes_end_costs_no_other_slot_and_gives_it_nothing(host: str) -> None:
+    """Four quarters of a budget of norm 2: the first slot's last frame is free, the other slot ends in between."""
+    makers = [lambda length=length: gym.wrappers.TimeLimit(Steps(length), 6) for length in (5, 2)]
+    threat = ThreatModel(norm=2, step=0.5, episode=1.0)
+    if host == "vector":
+        env: Any = add_attack(SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), Push(), threat)
+        seen = [env.reset(seed=0)[0]]
+    else:
+        env = VecAttack(DummyVecEnv(makers), Push(), threat)
+        seen = [env.reset()]
+    for step in range(4):
+        observation, *_, info = env.step(np.zeros(2, dtype=np.int64))
+        seen.append(observation)
+        if step % 2:
+            final = info["final_obs"][1] if host == "vector" else info[1]["terminal_observation"]
+            assert final == pytest.approx(2.25, abs=1e-5)
+    first, second = np.array(seen)[:, :, 0].T
+    assert first == pytest.approx([0.25, 1.25, 2.25, 3.25, 4.0], abs=1e-5)
+    assert second == pytest.approx([0.25, 1.25, 0.25, 1.25, 0.25], abs=1e-5)
+
+
+def test_a_reset_after_an_episodes_last_step_gives_one_budget_not_two() -> None:
+    env = vector(AutoresetMode.NEXT_STEP, 2)
+    env = add_attack(env.env, Push(), ThreatModel(norm=2, episode=1.0))
+    env.reset(seed=0)
+    for _ in range(2):
+        env.step(np.zeros(2, dtype=np.int64))
+    assert env.reset()[0] == pytest.approx(0.5, abs=1e-5)
+    observation, *_, info = env.step(np.zeros(2, dtype=np.int64))
+    assert (observation == 1).all()
+    assert info["attack"]["budget_spent"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_seed_counts_for_one_reset_of_all_environments() -> None:
+    """No running or later episode meets the same random perturbations again."""
+    env = SyncVectorEnv([lambda: gym.wrappers.TimeLimit(Steps(9), 9)] * 2, autoreset_mode=AutoresetMode.DISABLED)
+    many = add_attack(env, RandomNoise(), STEP)
+    first, _ = many.reset(seed=3)
+    again, _ = many.reset(seed=3, options={"reset_mask": np.array([True, False])})
+    assert not np.array_equal(again[0], first[0])
+    assert np.array_equal(many.reset(seed=3)[0], first)
+    venv = VecAttack(DummyVecEnv([lambda: Steps(3)]), RandomNoise(), STEP)
+    venv.seed(3)
+    assert not np.array_equal(venv.reset(), venv.reset())
+
+
+def test_a_victim_whose_learner_switched_to_training_is_attacked_as_it_acts() -> None:
+    network = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(4, 2))
+    env = cartpole(victim=PolicyView.from_torch(network, kind="q", observation_shape=(4,)))
+    before, _ = env.reset(seed=0)
+    for part in env.victim.modules():
+        part.training = True
+    assert np.array_equal(env.reset(seed=0)[0], before)
+    assert not any(part.training for part in env.victim.modules())

@@ -120,3 +120,16 @@ def test_policies_it_cannot_learn_from_are_refused() -> None:
         fit(chain(10), gamma=1.0)
     with pytest.raises(ValueError, match="successor must be"):
         fit(chain(10), successor="next")  # type: ignore[arg-type]
+
+
+def test_after_a_time_limit_the_policy_acts_where_the_episode_stopped() -> None:
+    """With next to no exploration the successor's action is the mean there, not what began the next episode."""
+    model = PPO("MlpPolicy", "Pendulum-v1", seed=0, device="cpu")
+    with torch.no_grad():
+        model.policy.log_std.fill_(-9.0)
+        model.policy.action_net.weight.mul_(100.0)
+    recipe = rrl.EnvRecipe.of("Pendulum-v1", max_episode_steps=20)
+    data = gather(recipe.view(model), recipe, 300, 0, n_envs=3)
+    with torch.no_grad():
+        means = model.policy.get_distribution(data.next_observations).distribution.mean.clamp(-2, 2)
+    assert torch.allclose(data.next_actions, means, atol=0.01)

@@ -122,3 +122,13 @@ def test_an_evaluation_does_not_disturb_the_learner() -> None:
     assert torch.equal(weights(None), weights(RobustEvalCallback(CARTPOLE, suite, every=128, episodes=2)))
     with pytest.raises(ValueError, match="'clean'"):
         RobustEvalCallback(CARTPOLE, {"clean": suite["margin"]})
+
+
+def test_the_adversary_meets_observations_as_they_are_and_the_agents_statistics_of_now() -> None:
+    venv = VecNormalize(make_vec_env(CARTPOLE, 2, attack=RandomNoise(), threat=THREAT, seed=0), norm_reward=False)
+    model, game = PPO("MlpPolicy", venv, seed=0, **SMALL), ATLA(CARTPOLE, THREAT, n_envs=2, **SMALL)
+    model.learn(192, callback=game)
+    assert not game.adversary.get_vec_normalize_env().norm_obs  # statistics that its attack would not have
+    before = game._duels._duel.recipe.normalization
+    model.learn(128, callback=game, reset_num_timesteps=False)
+    assert not np.array_equal(before.mean, game._duels._duel.recipe.normalization.mean)
