@@ -175,7 +175,7 @@ def figure(agents: dict[str, dict[str, AttackReport]]) -> Figure:
     ax.set_xticks(range(len(LABELS)), list(LABELS.values()), fontsize=8)
     ax.set_ylabel("mean return (95 % over episodes)")
     ax.set_title("Hopper-v5, every observation moved by up to .075 standard deviations")
-    ax.legend(loc="upper right")
+    ax.legend(loc="upper left")
     return picture
 
 
