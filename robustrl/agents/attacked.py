@@ -15,6 +15,7 @@ from robustrl.agents.voting import VotingAgent
 from robustrl.attacks.attacker import Attacker
 from robustrl.attacks.base import Attack
 from robustrl.attacks.geometry import Pixels
+from robustrl.envs.attack_core import attack_range
 from robustrl.policy import PolicyView
 from robustrl.seeding import integer_seed, torch_generator
 from robustrl.threat import ThreatModel
@@ -33,7 +34,8 @@ class AttackedAgent:
         attack: the attacker.
         threat: its budget, in the units in which the agent's noise acts (a `SmoothedAgent` normalises before it): units="raw".
         horizon: most steps of an episode; needed with an episode budget.
-        pixels: the range that attacked pictures stay in; default that of a space of pictures.
+        pixels: the range that attacked pictures stay in; default that of a space of pictures or bytes, unless the agent
+            normalises before its noise.
         seed: of the attacker.
 
     Attributes:
@@ -78,8 +80,8 @@ class AttackedAgent:
                 raise TypeError(
                     "agent must take arrays: put a model of dictionaries into a SmoothedAgent, or use attack_policy"
                 )
-        if pixels is None and isinstance(space, spaces.Box) and len(space.shape) > 1 and space.is_bounded():
-            pixels = (float(space.low.min()), float(space.high.max()))
+        if pixels is None and isinstance(space, spaces.Box | spaces.Dict) and getattr(agent, "normalization", None) is None:
+            pixels = attack_range(space, threat)
         # A frozen copy is differentiated: the user's model keeps its gradients and its training mode.
         self._victim = copy.deepcopy(view).eval().requires_grad_(False)
         self._noise, self._pixels = noise, pixels

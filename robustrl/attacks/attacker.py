@@ -87,6 +87,7 @@ class Attacker:
         self.generator = torch.Generator(self.device) if generator is None else generator
         self._step = torch.zeros(n_slots, dtype=torch.int64, device=self.device)
         self._stacks: tuple[Tensor, Tensor] | None = None
+        self._entries: tuple[Tensor, Tensor | None] | None = None
 
     def deliver(
         self,
@@ -141,6 +142,7 @@ class Attacker:
         chosen = np.arange(len(self._step)) if slots is None else slots
         rows = torch.from_numpy(chosen).to(self.device)
         clean, delivered = self._stacks_like(frames)
+        attackable, scale = self._entries_like(frames)
         step = self._step[rows]
         return AttackContext(
             policy=cast(PolicyView, self.policy),
@@ -148,7 +150,7 @@ class Attacker:
             clean_stack=self._pushed(clean[rows], frames, step),
             seen_stack=self._pushed(delivered[rows] if seen is None else seen, frames, step),
             allowance=torch.from_numpy(self.ledger.allowance[chosen]).to(frames.device),
-            attackable=self._attackable(frames),
+            attackable=attackable,
             step=step,
             steps_left=(self.horizon - step).clamp_min(1),
             padding=self.padding,
@@ -157,7 +159,7 @@ class Attacker:
             remaining=torch.from_numpy(self.ledger.remaining[chosen]).to(frames.device),
             memory=None if memory is None else memory.clone(),
             pixels=self.pixels,
-            scale=self._scale(frames),
+            scale=scale,
             slots=rows,
             environments=self._running(chosen),
         )
@@ -191,10 +193,12 @@ class Attacker:
         started = start_stack(frames, self.n_frames, self.padding)
         return torch.where(per_row(step == 0, started).bool(), started, push_frame(stack, frames))
 
-    def _attackable(self, frames: Tensor) -> Tensor:
-        allowed: Any = self.ledger.threat.attackable(tuple(frames.shape[1:]))
-        return torch.from_numpy(allowed.astype(np.float32)).to(frames.device)
-
-    def _scale(self, frames: Tensor) -> Tensor | None:
-        scale = self.ledger.threat.scales(tuple(frames.shape[1:]))
-        return None if scale is None else torch.from_numpy(scale).to(frames.device)
+    def _entries_like(self, frames: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Which entries of a frame may change, and their units; copied to the device once."""
+        if self._entries is None:
+            threat, shape = self.ledger.threat, tuple(frames.shape[1:])
+            allowed: Any = threat.attackable(shape)
+            scale = threat.scales(shape)
+            attackable = torch.from_numpy(allowed.astype(np.float32)).to(frames.device)
+            self._entries = attackable, None if scale is None else torch.from_numpy(scale).to(frames.device)
+        return self._entries

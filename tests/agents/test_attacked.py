@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -16,7 +17,7 @@ from toys import LinearRule
 
 import robustrl as rrl
 from robustrl.agents import AttackedAgent, MajorityVoteAgent, MedianAgent, SmoothedAgent
-from robustrl.attacks import ActionDeviation, GradientAttack, Greedy, Margin, MinimalFlip
+from robustrl.attacks import ActionDeviation, GradientAttack, Greedy, Margin, MinimalFlip, RandomNoise
 from robustrl.envs import AttackObservation
 from robustrl.policy import PolicyView
 from robustrl.threat import ThreatModel
@@ -103,6 +104,23 @@ def test_expectation_over_the_noise_flips_a_majority_and_moves_a_median() -> Non
     moved = AttackedAgent(median, attack, ThreatModel(norm=2, step=0.5), seed=0).predict(FRAMES[:, :3])[0]
     aimless = median.predict(FRAMES[:, :3] + np.float32(0.5 / math.sqrt(3)))[0]
     assert np.abs(moved - clean).mean() > np.abs(aimless - clean).mean()
+
+
+def test_bytes_that_are_no_picture_stay_in_their_range() -> None:
+    """The wrappers' rule: a machine's memory at 255 or 0 has nowhere farther to go."""
+    seen: list[torch.Tensor] = []
+
+    class Watching(LinearRule):
+        def forward(self, observation: torch.Tensor) -> torch.Tensor:
+            seen.append(observation.detach().clone())
+            return super().forward(observation)
+
+    view = PolicyView.from_torch(Watching(torch.ones(4, dtype=torch.float64)), kind="q", observation_shape=(4,))
+    agent = SmoothedAgent(view, rrl.Gaussian(0.0), observation_space=spaces.Box(0, 255, (4,), np.uint8), seed=0)
+    attacked = AttackedAgent(agent, RandomNoise("corner"), ThreatModel(norm=math.inf, step=3.0), seed=0)
+    attacked.predict(np.array([[255, 0, 255, 0]], dtype=np.uint8), deterministic=True)
+    assert seen[-1].min() >= 0
+    assert seen[-1].max() <= 255
 
 
 def test_what_cannot_be_attacked_is_refused_with_a_hint(ppo: PPO) -> None:
