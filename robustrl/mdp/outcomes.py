@@ -1,0 +1,130 @@
+"""What is known of a finite MDP before its first step: which outcomes an action may have, and what each would bring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from robustrl.errors import check_finite_array, check_probability, check_real
+
+Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+
+class ModelViolation(RuntimeError):
+    """An environment did what its declared outcomes, smallest probability or analogies exclude."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """A finite MDP up to its transition probabilities: K outcome slots for every pair of state and action.
+
+    Slots, not successors, are what is counted: two pairs are analogous when their slots fire with the same probabilities, wherever
+    the slots lead. No two candidate slots of a pair may agree in successor, reward and termination, so that a step says which fired.
+
+    Args:
+        successors: state that a slot leads to, int (S, A, K).
+        candidates: whether a slot may fire at all, bool (S, A, K); a pair without any does not exist.
+        rewards: of the slots, (S, A, K).
+        dangerous: whether a slot is unsafe, bool (S, A, K).
+        terminal: whether a slot ends the episode, bool (S, A, K).
+        gamma: discount in (0, 1).
+        start: probabilities of the first state, (S,); default state 0.
+
+    Raises:
+        ValueError: if shapes differ, a number is out of range, or two candidate slots of a pair cannot be told apart.
+    """
+
+    successors: NDArray[np.int32]
+    candidates: Flags
+    rewards: Floats
+    dangerous: Flags
+    terminal: Flags
+    gamma: float = 0.95
+    start: Floats | None = None
+
+    def __post_init__(self) -> None:
+        rewards = check_finite_array("rewards", self.rewards, ndim=3)
+        n_states = rewards.shape[0]
+        successors = np.asarray(self.successors)
+        if successors.shape != rewards.shape or successors.dtype.kind not in "iu":
+            raise ValueError(f"successors must be integers of shape {rewards.shape}, got {successors.dtype} {successors.shape}")
+        if successors.min() < 0 or successors.max() >= n_states:
+            raise ValueError(f"successors must be states 0 to {n_states - 1}, got {successors.min()} to {successors.max()}")
+        flags = {}
+        for name in ("candidates", "dangerous", "terminal"):
+            flags[name] = np.asarray(getattr(self, name))
+            if flags[name].shape != rewards.shape or flags[name].dtype != bool:
+                raise ValueError(f"{name} must be boolean of shape {rewards.shape}, got {flags[name].dtype} {flags[name].shape}")
+        if not 0 < check_real("gamma", self.gamma) < 1:
+            raise ValueError(f"gamma must be in (0, 1), got {self.gamma}")
+        start = np.eye(n_states)[0] if self.start is None else check_probability("start", self.start)
+        if start.shape != (n_states,) or abs(start.sum() - 1) > 1e-9:
+            raise ValueError(f"start must be {n_states} probabilities that sum to 1, got shape {start.shape}, sum {start.sum()}")
+        values = {"successors": successors.astype(np.int32), "rewards": rewards, "gamma": float(self.gamma), "start": start}
+        for name, value in {**values, **flags}.items():
+            object.__setattr__(self, name, value)
+        self._check_distinct()
+
+    def _check_distinct(self) -> None:
+        n_slots = self.n_slots
+        for one in range(n_slots):
+            for other in range(one + 1, n_slots):
+                same = self.candidates[..., one] & self.candidates[..., other]
+                for values in (self.successors, self.rewards, self.terminal):
+                    same &= values[..., one] == values[..., other]
+                if same.any():
+                    state, action = np.argwhere(same)[0]
+                    raise ValueError(
+                        f"candidate slots must differ in successor, reward or termination, slots {one} and {other} of "
+                        f"state {state}, action {action} do not: merge them"
+                    )
+
+    @property
+    def n_states(self) -> int:
+        """Number of states, S."""
+        return int(self.rewards.shape[0])
+
+    @property
+    def n_actions(self) -> int:
+        """Number of actions, A."""
+        return int(self.rewards.shape[1])
+
+    @property
+    def n_slots(self) -> int:
+        """Number of outcome slots, K."""
+        return int(self.rewards.shape[2])
+
+    @cached_property
+    def valid(self) -> Flags:
+        """The pairs that exist, (S, A)."""
+        found: Flags = self.candidates.any(-1)
+        return found
+
+    def slot(self, state: int, action: int, successor: int, reward: float, terminated: bool) -> int:
+        """Which slot a step has shown.
+
+        Raises:
+            ModelViolation: if no candidate slot has that outcome.
+        """
+        fits = self.candidates[state, action] & (self.successors[state, action] == successor)
+        fits &= (self.rewards[state, action] == reward) & (self.terminal[state, action] == terminated)
+        if not fits.any():
+            raise ModelViolation(
+                f"state {state}, action {action} led to state {successor} with reward {reward}, terminated={terminated}: "
+                "no outcome that was declared possible"
+            )
+        return int(fits.argmax())
+
+    def pairs(self, name: str, pairs: ArrayLike) -> Flags:
+        """A set of pairs, bool (S, A), checked: only pairs that exist."""
+        given = np.asarray(pairs)
+        if given.shape != self.valid.shape or given.dtype != bool:
+            raise ValueError(f"{name} must be boolean of shape {self.valid.shape}, got {given.dtype} {given.shape}")
+        if (given & ~self.valid).any():
+            state, action = np.argwhere(given & ~self.valid)[0]
+            raise ValueError(f"{name} must hold pairs that exist, state {state} has no action {action}")
+        return given
