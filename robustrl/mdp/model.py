@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,6 +14,10 @@ from scipy.sparse import csc_array, eye_array
 from scipy.sparse.linalg import MatrixRankWarning, spsolve
 
 from robustrl.errors import check_finite_array, check_probability, check_real
+from robustrl.mdp.outcomes import Outcomes
+
+if TYPE_CHECKING:
+    from robustrl.mdp.unsafe import Unsafe
 
 Floats = NDArray[np.float64]
 ROUNDING = 1e-9
@@ -91,6 +95,8 @@ class TabularMDP:
     def from_gymnasium(cls, env: Any, gamma: float = 0.99) -> TabularMDP:
         """From an environment with a table `P`, as FrozenLake, CliffWalking and Taxi have; wrappers are looked through.
 
+        Outcomes that cannot be told apart are merged.
+
         Raises:
             ValueError: if it has none.
         """
@@ -107,7 +113,57 @@ class TabularMDP:
                 for k, (p, after, reward, ended) in enumerate(outcomes):
                     successors[s, a, k], probabilities[s, a, k] = after, p
                     rewards[s, a, k], terminal[s, a, k] = reward, ended
-        return cls(successors, probabilities, rewards, terminal, gamma, getattr(inner, "initial_state_distrib", None))
+        start = getattr(inner, "initial_state_distrib", None)
+        return cls(successors, probabilities, rewards, terminal, gamma, start).merged()
+
+    def merged(self) -> TabularMDP:
+        """The same MDP with one slot for equal successor, reward and termination, in the order of their first appearance."""
+        n_pairs, n_slots = self.rewards[..., 0].size, self.rewards.shape[2]
+        pair, slot = np.nonzero(self.probabilities.reshape(n_pairs, n_slots))
+        tables = (self.successors, self.rewards, np.asarray(self.terminal), self.probabilities)
+        to, paid, ended, p = (table.reshape(n_pairs, n_slots)[pair, slot] for table in tables)
+        order = np.lexsort((slot, ended, paid, to, pair))
+        new = np.ones(len(order), dtype=bool)
+        new[1:] = np.any([np.diff(key[order]) != 0 for key in (pair, to, paid, ended.astype(int))], axis=0)
+        groups = np.flatnonzero(new)
+        total, first = np.add.reduceat(p[order], groups), order[groups]
+        total, first = total[np.argsort(first)], np.sort(first)
+        place = np.arange(len(first)) - np.searchsorted(pair[first], pair[first])
+        packed = [np.zeros((n_pairs, place.max() + 1), dtype=table.dtype) for table in tables]
+        for table, value in zip(packed, (to[first], paid[first], ended[first], total.clip(max=1.0)), strict=True):
+            table[pair[first], place] = value
+        successors, rewards, terminal, probabilities = (table.reshape(*self.rewards.shape[:2], -1) for table in packed)
+        return TabularMDP(successors, probabilities, rewards, terminal, self.gamma, self.start)
+
+    def outcomes(self, unsafe: Unsafe | None = None) -> Outcomes:
+        """What may happen, without how likely it is; `unsafe` says what is dangerous, default nothing.
+
+        States that are only entered at the end of an episode (and do not start one) own no pair.
+
+        Raises:
+            ValueError: if outcomes of a pair cannot be told apart (use `merged`), or gamma is 1.
+        """
+        fires, terminal = self.probabilities > 0, np.asarray(self.terminal)
+        entered, ended = (
+            np.bincount(self.successors[fires & which], minlength=self.n_states) > 0 for which in (~terminal, terminal)
+        )
+        acting = entered | ~ended | (np.asarray(self.start) > 0)
+        dangerous = np.zeros(self.rewards.shape, dtype=bool) if unsafe is None else unsafe.mark(self)
+        return Outcomes(
+            self.successors.astype(np.int32),
+            fires & acting[:, None, None],
+            self.rewards,
+            dangerous,
+            terminal,
+            self.gamma,
+            self.start,
+        )
+
+    @cached_property
+    def smallest_probability(self) -> float:
+        """Smallest positive probability of an outcome that can be told apart from the others of its pair."""
+        merged = self.merged().probabilities
+        return float(merged[merged > 0].min())
 
     @property
     def n_states(self) -> int:

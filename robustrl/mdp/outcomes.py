@@ -58,12 +58,16 @@ class Outcomes:
         for name in ("candidates", "dangerous", "terminal"):
             flags[name] = np.asarray(getattr(self, name))
             if flags[name].shape != rewards.shape or flags[name].dtype != bool:
-                raise ValueError(f"{name} must be boolean of shape {rewards.shape}, got {flags[name].dtype} {flags[name].shape}")
+                raise ValueError(
+                    f"{name} must be boolean of shape {rewards.shape}, got {flags[name].dtype} {flags[name].shape}"
+                )
         if not 0 < check_real("gamma", self.gamma) < 1:
             raise ValueError(f"gamma must be in (0, 1), got {self.gamma}")
         start = np.eye(n_states)[0] if self.start is None else check_probability("start", self.start)
         if start.shape != (n_states,) or abs(start.sum() - 1) > 1e-9:
-            raise ValueError(f"start must be {n_states} probabilities that sum to 1, got shape {start.shape}, sum {start.sum()}")
+            raise ValueError(
+                f"start must be {n_states} probabilities that sum to 1, got shape {start.shape}, sum {start.sum()}"
+            )
         values = {"successors": successors.astype(np.int32), "rewards": rewards, "gamma": float(self.gamma), "start": start}
         for name, value in {**values, **flags}.items():
             object.__setattr__(self, name, value)
@@ -101,8 +105,19 @@ class Outcomes:
     @cached_property
     def valid(self) -> Flags:
         """The pairs that exist, (S, A)."""
-        found: Flags = self.candidates.any(-1)
-        return found
+        return np.asarray(self.candidates.any(-1))
+
+    @cached_property
+    def nonterminal(self) -> Flags:
+        """Pairs that an agent may come to take, (S, A): at states reached from the start by slots that do not end the episode."""
+        reached, found = np.zeros(self.n_states, dtype=bool), np.flatnonzero(np.asarray(self.start) > 0)
+        while found.size:
+            reached[found] = True
+            goes_on = self.candidates[found] & ~self.terminal[found]
+            found = np.unique(self.successors[found][goes_on]).astype(np.int64)
+            found = found[~reached[found]]
+        acted: Flags = np.logical_and(self.valid, reached[:, None])
+        return acted
 
     def slot(self, state: int, action: int, successor: int, reward: float, terminated: bool) -> int:
         """Which slot a step has shown.
@@ -128,3 +143,14 @@ class Outcomes:
             state, action = np.argwhere(given & ~self.valid)[0]
             raise ValueError(f"{name} must hold pairs that exist, state {state} has no action {action}")
         return given
+
+    def slots(self, name: str, slots: ArrayLike) -> Flags:
+        """A set of slots, bool (S, A, K), checked: only candidates. Slots of pairs that do not exist are dropped."""
+        given = np.asarray(slots)
+        if given.shape != self.candidates.shape or given.dtype != bool:
+            raise ValueError(f"{name} must be boolean of shape {self.candidates.shape}, got {given.dtype} {given.shape}")
+        outside = given & ~self.candidates
+        if (outside & self.valid[..., None]).any():
+            state, action, slot = np.argwhere(outside & self.valid[..., None])[0]
+            raise ValueError(f"{name} must hold candidate slots, slot {slot} of state {state}, action {action} is none")
+        return given & ~outside if outside.any() else given
