@@ -174,7 +174,7 @@ class Analogy:
 
 @dataclass(frozen=True, eq=False)
 class _Classes(Analogy):
-    label: Integers = field(kw_only=False)
+    label: Integers
 
     @cached_property
     def pool_of(self) -> NDArray[np.int32]:
