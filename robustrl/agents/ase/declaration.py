@@ -1,0 +1,164 @@
+"""What is known of an environment before the first step, from what it declares and what the caller says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustrl.errors import check_real
+from robustrl.mdp.analogy import Analogy
+from robustrl.mdp.model import TabularMDP
+from robustrl.mdp.outcomes import Outcomes
+from robustrl.mdp.safe_sets import closed_subset, validate_safe_set
+from robustrl.mdp.unsafe import Unsafe
+
+Flags = NDArray[np.bool_]
+SafeSet = Flags | Callable[[int, int], bool] | str
+FROM_P = "from_P"
+
+
+@dataclass(frozen=True, eq=False)
+class Declaration:
+    """Prior knowledge of a finite environment.
+
+    Args:
+        outcomes: what every pair of state and action may lead to; the outcomes of `safe_set` are cut to what stays in it.
+        safe_set: pairs that are safe to begin with, bool (S, A), or None if nobody knows any.
+        analogy: which pairs behave alike.
+        tau: a lower bound of every positive probability, or None.
+        mdp: the truth, where it is known; only checks and oracles look at it, no learner does.
+    """
+
+    outcomes: Outcomes
+    safe_set: Flags | None
+    analogy: Analogy
+    tau: float | None
+    mdp: TabularMDP | None = None
+
+    @classmethod
+    def of(
+        cls,
+        env: Any,
+        *,
+        safe_set: SafeSet | None = None,
+        unsafe: Unsafe | None = None,
+        analogy: Analogy | None = None,
+        tau: float | str | None = None,
+        gamma: float | None = None,
+    ) -> Declaration:
+        """From an environment; whatever is given replaces what it declares. See `ASE`.
+
+        Raises:
+            ValueError: if the environment neither declares outcomes nor has a table `P`, or something does not fit.
+        """
+        inner = getattr(env, "unwrapped", env)
+        outcomes, mdp = getattr(inner, "outcomes", None), getattr(inner, "mdp", None)
+        if mdp is None and hasattr(inner, "P"):
+            mdp = TabularMDP.from_gymnasium(inner, 0.95 if gamma is None else gamma).merged()
+        if outcomes is None and mdp is None:
+            raise ValueError(
+                f"env must declare its outcomes, or have a table P as FrozenLake has; {type(inner).__name__} does neither. "
+                "Write a robustrl.envs.grid.TabularEnv, or give your environment the attribute `outcomes`"
+            )
+        if outcomes is None:
+            outcomes = mdp.outcomes(unsafe)
+        elif unsafe is not None:
+            outcomes = dataclasses.replace(outcomes, dangerous=unsafe.mark(outcomes))
+        if gamma is not None:
+            outcomes = dataclasses.replace(outcomes, gamma=gamma)
+        given = getattr(inner, "safe_set", None) if safe_set is None else safe_set
+        known = None if given is None else _safe_pairs(given, outcomes, mdp)
+        if known is not None:
+            outcomes = cut(outcomes, known)
+            known = known & outcomes.valid
+        alike = getattr(inner, "analogy", None) if analogy is None else analogy
+        if not isinstance(alike, Analogy | None):
+            raise TypeError(f"analogy must be a robustrl Analogy, got {type(alike).__name__}")
+        least = getattr(inner, "tau", None) if tau is None else tau
+        if isinstance(least, str):
+            if least != FROM_P or mdp is None:
+                raise ValueError(f"tau must be a number, or {FROM_P!r} for an environment with a table P, got {least!r}")
+            least = mdp.smallest_probability
+        if least is not None and not 0 < check_real("tau", least) <= 1:
+            raise ValueError(f"tau must be in (0, 1], got {least}")
+        return cls(outcomes, known, (Analogy.none() if alike is None else alike).on(outcomes), least, mdp)
+
+    def to_arrays(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """Plain data and arrays that `from_arrays` builds the same declaration from; the truth is left out."""
+        plain: dict[str, Any] = {
+            "tau": self.tau,
+            "gamma": self.outcomes.gamma,
+            "analogy": {"kind": type(self.analogy).__name__},
+        }
+        names = ("successors", "candidates", "rewards", "dangerous", "terminal", "start")
+        arrays = {f"outcomes.{name}": np.asarray(getattr(self.outcomes, name)) for name in names}
+        if self.safe_set is not None:
+            arrays["safe_set"] = self.safe_set
+        for item in dataclasses.fields(self.analogy):
+            value = getattr(self.analogy, item.name)
+            if item.init and isinstance(value, np.ndarray):
+                arrays[f"analogy.{item.name}"] = value
+            elif item.init:
+                plain["analogy"][item.name] = value
+        return json.loads(json.dumps(plain)), arrays
+
+    @classmethod
+    def from_arrays(cls, plain: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Declaration:
+        """The inverse of `to_arrays`."""
+
+        def part(prefix: str) -> dict[str, Any]:
+            return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+        outcomes = Outcomes(**part("outcomes."), gamma=plain["gamma"])
+        described = dict(plain["analogy"])
+        kind = described.pop("kind")
+        kinds = {known.__name__: known for known in (Analogy, *Analogy.__subclasses__())}
+        return cls(outcomes, arrays.get("safe_set"), kinds[kind](**described, **part("analogy.")), plain["tau"])
+
+
+def cut(outcomes: Outcomes, safe: Flags) -> Outcomes:
+    """Outcomes under the assumption that a safe set is closed: its pairs lead back into it, or end the episode safely.
+
+    Raises:
+        ValueError: if a pair of the set, or a start, could not do so.
+    """
+    stays = np.where(outcomes.terminal, True, safe.any(1)[outcomes.successors]) & ~outcomes.dangerous
+    candidates = outcomes.candidates & (stays | ~safe[..., None])
+    stranded = safe & ~candidates.any(-1)
+    if stranded.any():
+        state, action = np.argwhere(stranded)[0]
+        raise ValueError(f"safe_set must be closed, but state {state}, action {action} always leaves it")
+    away = np.flatnonzero((np.asarray(outcomes.start) > 0) & ~safe.any(1))
+    if away.size:
+        raise ValueError(f"safe_set must have a pair at every start, state {away[0]} has none")
+    return dataclasses.replace(outcomes, candidates=candidates)
+
+
+def _safe_pairs(given: Any, outcomes: Outcomes, mdp: TabularMDP | None) -> Flags:
+    """A safe set (S, A), checked against the truth where that is known."""
+    if isinstance(given, str):
+        if given != FROM_P or mdp is None:
+            raise ValueError(f"safe_set must be pairs, or {FROM_P!r} for an environment with a table P, got {given!r}")
+        found = closed_subset(outcomes, outcomes.valid, outcomes.candidates & (mdp.probabilities > 0))
+        if not found.any():
+            raise ValueError("safe_set cannot be made from P: no closed set of safe pairs holds the start")
+        return found
+    if callable(given):
+        mask = np.zeros(outcomes.valid.shape, dtype=bool)
+        for s, a in np.argwhere(outcomes.valid):
+            mask[s, a] = given(int(s), int(a))
+        given = mask
+    pairs = outcomes.pairs("safe_set", given)
+    if mdp is None or mdp.probabilities.shape != outcomes.candidates.shape:
+        return pairs
+    found = validate_safe_set(mdp, outcomes, pairs)
+    return found
+
+
+__all__ = ["FROM_P", "Declaration", "SafeSet", "cut"]

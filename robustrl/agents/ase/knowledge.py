@@ -1,0 +1,252 @@
+"""What has been learnt of a finite MDP: draws, shared between analogues, and what they prove."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustrl.certify.safe_set import Evidence
+from robustrl.certify.transitions import CONFIDENCES, l1_radius, support_samples
+from robustrl.errors import check_choice, check_count
+from robustrl.mdp.analogy import Analogy
+from robustrl.mdp.outcomes import ModelViolation, Outcomes
+from robustrl.mdp.planning import Beliefs
+
+Flags = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Sharing = Literal["pool", "best"]
+SHARINGS = ("pool", "best")
+NOTHING: Integers = np.zeros(0, dtype=np.int64)
+
+
+class _Reach(NamedTuple):
+    """Where the draws of a pair go."""
+
+    pools: Integers
+    slots: Integers | None
+    """Slot of each pool that answers a slot of the pair, (pools, K); None: the same one."""
+    l1: Floats | None
+
+
+class Knowledge:
+    """Counts of outcomes, the outcomes that a pair is proven to have, and how far its law may be from the counted one.
+
+    A pool collects draws for the pairs that read it. At its `n_support`-th draw it becomes known: with probability at least
+    1 - delta_s, every slot that a known pair can fire has been seen by then, of all pools at once.
+
+    Args:
+        outcomes: what is possible at all.
+        analogy: whose draws may stand for whose, restricted to what `tau` allows.
+        tau: lower bound of every positive slot probability, in (0, 1].
+        delta_s: failure probability of the proven supports.
+        delta_p: failure probability of the radii.
+        sharing: "pool": a pair learns from all draws of its analogues; "best": from the one analogue that knows most.
+        confidence: radius of the laws, see `l1_radius`; "heuristic" is used for known pairs only, and proves nothing of values.
+        beta: of the heuristic.
+        n_support: draws that make a pool known; default as many as the proof needs.
+        on_violation: "raise", or "retract": pools that are contradicted never become known again.
+
+    Raises:
+        ValueError: if an argument is out of range or does not fit.
+    """
+
+    def __init__(
+        self,
+        outcomes: Outcomes,
+        analogy: Analogy,
+        tau: float,
+        delta_s: float,
+        delta_p: float,
+        *,
+        sharing: Sharing = "pool",
+        confidence: str = "laplace",
+        beta: float = 0.5,
+        n_support: int | None = None,
+        on_violation: str = "raise",
+    ) -> None:
+        self.outcomes, self.tau, self.delta_s, self.delta_p, self.beta = outcomes, tau, delta_s, delta_p, beta
+        self.sharing: Sharing = check_choice("sharing", sharing, SHARINGS)
+        self.confidence: str = check_choice("confidence", confidence, CONFIDENCES)
+        self.on_violation: str = check_choice("on_violation", on_violation, ("raise", "retract"))
+        self.analogy = analogy.on(outcomes).usable(tau)
+        pairs, n_slots = outcomes.valid.size, outcomes.n_slots
+        # With "best" every pair is a pool of its own, and analogues are looked up instead of fed.
+        self.pool_of = self.analogy.pool_of.astype(np.int64) if sharing == "pool" else np.arange(pairs)
+        self.n_pools = self.analogy.n_pools(outcomes) if sharing == "pool" else max(1, int(outcomes.nonterminal.sum()))
+        self.proof_draws = support_samples(tau, delta_s, self.n_pools)
+        self.n_support = self.proof_draws if n_support is None else check_count("n_support", n_support)
+        self.visits = np.zeros((pairs, n_slots), dtype=np.int64)
+        self.counts = np.zeros((pairs, n_slots), dtype=np.int64)
+        self.totals = np.zeros(pairs, dtype=np.int64)
+        self.transfer = np.zeros(pairs)
+        self.known = np.zeros(pairs, dtype=bool)
+        self.barred = np.zeros(pairs, dtype=bool)
+        # What a pool may show: until it is known what all its readers may, then what it has shown.
+        self.support = np.ones((pairs, n_slots), dtype=bool)
+        candidates, valid = outcomes.candidates.reshape(pairs, n_slots), outcomes.valid.ravel()
+        np.logical_and.at(self.support, self.pool_of[valid], candidates[valid])
+        self._reaches: dict[int, _Reach] = {}
+
+    @property
+    def proven(self) -> bool:
+        """Whether what is known of supports is known with the stated confidence."""
+        return self.n_support >= self.proof_draws and not self.barred.any()
+
+    @property
+    def known_pairs(self) -> Flags:
+        """Pairs whose outcomes are known, (S, A)."""
+        found: Flags = self.known[self.pool_of].reshape(self.outcomes.valid.shape) & self.outcomes.valid
+        return found
+
+    @property
+    def possible(self) -> Flags:
+        """Slots that a pair may fire, (S, A, K): those seen of a known pair, every candidate of another."""
+        return self.support[self.pool_of].reshape(self.outcomes.candidates.shape) & self.outcomes.candidates
+
+    def analogues(self, pair: int) -> Integers:
+        """Pairs whose draws teach about this one, and the other way round; itself among them."""
+        return self.analogy.members(int(self.analogy.pool_of[pair]))
+
+    def record(self, state: int, action: int, slot: int) -> Integers:
+        """Add a draw.
+
+        Returns:
+            The pools that became known by it.
+        Raises:
+            ModelViolation: if a pool was proven, or declared, not to show it.
+        """
+        pair = state * self.outcomes.n_actions + action
+        reach = self._reaches.get(pair)
+        if reach is None:
+            reach = self._reaches[pair] = self._reach(pair)
+        pools, slots, l1 = reach
+        shown: Any = slot if slots is None else slots[:, slot]
+        if not self.support[pools, shown].all():
+            self._contradicted(pools[~self.support[pools, shown]], pair, slot)
+            return self.record(state, action, slot)
+        self.visits[pair, slot] += 1
+        self.counts[pools, shown] += 1
+        self.totals[pools] = totals = self.totals[pools] + 1
+        if l1 is not None:
+            self.transfer[pools] += l1
+        full = totals == self.n_support  # looked at once, so the proof pays for one look
+        return self._freeze(pools[full]) if full.any() else NOTHING
+
+    def _reach(self, pair: int) -> _Reach:
+        if self.sharing == "best":
+            return _Reach(np.array([pair]), None, None)
+        pools = self.analogy.feeds(pair)
+        own = self.pool_of[pair]
+        pools = pools[~self.barred[pools] | (pools == own)]
+        slots = None
+        if getattr(self.analogy, "slots", None) is not None:
+            slots = np.array([[self.analogy.align(pair, int(q), k) for k in range(self.outcomes.n_slots)] for q in pools])
+        l1 = None
+        if len(pools) > 1:  # distances are symmetric, so they can be read off the pair's own pool
+            l1 = self.analogy.distances(int(own))[np.searchsorted(self.analogy.members(int(own)), pools)]
+        return _Reach(pools, slots, l1 if l1 is not None and l1.any() else None)
+
+    def _freeze(self, full: Integers) -> Integers:
+        fresh = full[~self.barred[full] & ~self.known[full]]
+        if self.sharing == "pool":
+            self.known[fresh] = True
+            self.support[fresh] = self.counts[fresh] > 0
+            return fresh
+        learnt = []
+        for source in full.tolist():
+            if self.barred[source]:
+                continue
+            seen = np.flatnonzero(self.counts[source])
+            for pair in self.analogues(source).tolist():
+                slots = [self.analogy.align(source, pair, int(k)) for k in seen]
+                if self.known[pair] or self.barred[pair]:
+                    continue
+                if not self.support[pair, slots].all():
+                    self._contradicted(np.array([pair]), source, int(seen[~self.support[pair, slots]][0]))
+                    continue
+                self.known[pair], self.support[pair] = True, False
+                self.support[pair, slots] = True
+                learnt.append(pair)
+        return np.array(learnt, dtype=np.int64)
+
+    def _contradicted(self, pools: Integers, pair: int, slot: int) -> None:
+        """A draw that some pools were said not to show."""
+        state, action = divmod(pair, self.outcomes.n_actions)
+        if self.on_violation == "raise":
+            reader = divmod(int(np.flatnonzero(self.pool_of == pools[0])[0]), self.outcomes.n_actions)
+            known = f"{self.totals[pools[0]]} draws had excluded it" if self.known[pools[0]] else "it was declared impossible"
+            raise ModelViolation(
+                f"state {state}, action {action} fired slot {slot}, but of state {reader[0]}, action {reader[1]}, which is said to "
+                f"behave alike, {known}: the analogy is false, or a positive probability is below tau = {self.tau}"
+            )
+        self.known[pools], self.barred[pools], self.totals[pools], self.counts[pools] = False, True, 0, 0
+        self.transfer[pools] = 0
+        self.support[pools] = True  # what is possible is read through the candidates of each pair
+        self._reaches.clear()
+
+    def beliefs(self, *, certain: bool = False) -> Beliefs:
+        """The laws that the draws allow.
+
+        Args:
+            certain: take the counted law of every known pair for the true one.
+        """
+        shape = self.outcomes.candidates.shape
+        estimates, draws, extra = self._laws()
+        support = self.possible.reshape(estimates.shape)
+        n_possible = support.sum(1)
+        radii = self._radii(draws, np.maximum(n_possible, 1), extra)
+        if certain:
+            radii[self.known[self.pool_of]] = 0.0
+        if self.barred.any():
+            estimates = np.where(support, estimates, 0.0)
+            mass = estimates.sum(1, keepdims=True)
+            radii[mass[:, 0] == 0] = 2.0
+            estimates /= np.where(mass > 0, mass, 1)
+        sure = n_possible == 1
+        estimates[sure], radii[sure] = support[sure], 0.0
+        return Beliefs(self.outcomes, estimates.reshape(shape), radii.reshape(shape[:2]), support.reshape(shape))
+
+    def evidence(self, safe_set: Flags, policy: Integers) -> Evidence:
+        """What was declared and drawn, for a certificate of the safe set that grew from `safe_set`, and of a policy."""
+        laws, draws, extra = self._laws()
+        shape = self.outcomes.candidates.shape
+        counts = np.rint(laws * draws[:, None]).astype(np.int64).reshape(shape) * self.outcomes.valid[..., None]
+        return Evidence(self.outcomes, safe_set, counts, extra.reshape(shape[:2]), self.pool_of.reshape(shape[:2]), policy)
+
+    def _radii(self, draws: Integers, n_possible: Integers, extra: Floats) -> Floats:
+        failure = self.delta_p / self.n_pools
+        if self.confidence != "heuristic":
+            return np.minimum(l1_radius(draws, n_possible, failure, self.confidence) + extra, 2.0)
+        known = self.known[self.pool_of]
+        guessed = l1_radius(draws, n_possible, failure, "heuristic", beta=self.beta)
+        return np.minimum(np.where(known, guessed, l1_radius(draws, n_possible, failure)) + extra, 2.0)
+
+    def _laws(self) -> tuple[Floats, Integers, Floats]:
+        """Counted law (S A, K), draws behind it (S A,), and l1 distance that analogues may add (S A,)."""
+        if self.sharing == "pool":
+            totals = self.totals[self.pool_of]
+            some = np.maximum(totals, 1)
+            return self.counts[self.pool_of] / some[:, None], totals, self.transfer[self.pool_of] / some
+        readers, sources, l1, starts = self._links
+        radii = self._radii(self.totals[sources], np.maximum(self.possible.reshape(self.counts.shape).sum(1), 1)[readers], l1)
+        radii = radii - 1e-12 * (readers == sources)  # a tie goes to a pair's own draws
+        order = np.lexsort((radii, readers))[starts]
+        best, slots = sources[order], getattr(self.analogy, "slots", None)
+        counts = self.counts[best]
+        if slots is not None:
+            counts = np.take_along_axis(counts, slots[order], 1)
+        return counts / np.maximum(self.totals[best], 1)[:, None], self.totals[best], l1[order]
+
+    @cached_property
+    def _links(self) -> tuple[Integers, Integers, Floats, Integers]:
+        """All claims: reader, source, distance, sorted by reader; and where each reader's begin."""
+        pools = self.analogy.pool_of.tolist()
+        members = [self.analogy.members(pool) for pool in pools]
+        sizes = np.array([len(found) for found in members])
+        readers = np.repeat(np.arange(len(pools)), sizes)
+        l1 = np.concatenate([self.analogy.distances(pool) for pool in pools])
+        return readers, np.concatenate(members).astype(np.int64), l1, np.concatenate([[0], np.cumsum(sizes)[:-1]])
