@@ -176,7 +176,8 @@ class ASE(SafeLearner):
         return self.stop_on_gap is not None and self._gap is not None and self._gap <= self.stop_on_gap
 
     def safe_actions(self, state: int) -> Flags:
-        return self.planner.safe[state]
+        mask: Flags = self.planner.safe[state]
+        return mask
 
     def _act(self, state: int) -> int:
         if self._stale:

@@ -79,7 +79,7 @@ class TabularAgent(BaseAlgorithm):
         )  # fmt: skip
         if declared is None:
             declared = Declaration.of(_inner(self.env), safe_set=safe_set, unsafe=unsafe, analogy=analogy, tau=tau, gamma=gamma)
-        elif not (safe_set is unsafe is analogy is tau is gamma is None):
+        elif any(given is not None for given in (safe_set, unsafe, analogy, tau, gamma)):
             raise ValueError(
                 "a Declaration holds safe_set, unsafe, analogy, tau and gamma already: give them to Declaration.of"
             )
@@ -117,7 +117,8 @@ class TabularAgent(BaseAlgorithm):
 
     def safe_actions(self, state: int) -> Flags:
         """Actions that the agent may take, (A,)."""
-        return self.outcomes.valid[state]
+        mask: Flags = self.outcomes.valid[state]
+        return mask
 
     def _facts(self) -> dict[str, Any]:
         """What the log shows beside the counters."""
@@ -296,7 +297,7 @@ class TabularAgent(BaseAlgorithm):
         write_atomically(name if os.path.splitext(name)[1] else name + ".zip", data.getvalue())
 
     @classmethod
-    def load(cls, path: Any, env: Any = None, **kwargs: Any) -> Self:
+    def load(cls, path: Any, env: Any = None, **kwargs: Any) -> Self:  # type: ignore[override]  # SB3's other options mean nothing here
         """Read an agent that `save` wrote.
 
         Args:

@@ -51,7 +51,8 @@ class _Planning(SafeLearner):
         return self._safe is not None and self.knowledge.proven
 
     def safe_actions(self, state: int) -> Flags:
-        return self.safe_set[state]
+        mask: Flags = self.safe_set[state]
+        return mask
 
     def _beliefs(self) -> Beliefs:
         raise NotImplementedError

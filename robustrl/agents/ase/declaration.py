@@ -58,15 +58,16 @@ class Declaration:
             ValueError: if the environment neither declares outcomes nor has a table `P`, or something does not fit.
         """
         inner = getattr(env, "unwrapped", env)
-        outcomes, mdp = getattr(inner, "outcomes", None), getattr(inner, "mdp", None)
+        outcomes: Outcomes | None = getattr(inner, "outcomes", None)
+        mdp: TabularMDP | None = getattr(inner, "mdp", None)
         if mdp is None and hasattr(inner, "P"):
             mdp = TabularMDP.from_gymnasium(inner, 0.95 if gamma is None else gamma).merged()
-        if outcomes is None and mdp is None:
-            raise ValueError(
-                f"env must declare its outcomes, or have a table P as FrozenLake has; {type(inner).__name__} does neither. "
-                "Write a robustrl.envs.grid.TabularEnv, or give your environment the attribute `outcomes`"
-            )
         if outcomes is None:
+            if mdp is None:
+                raise ValueError(
+                    f"env must declare its outcomes, or have a table P as FrozenLake has; {type(inner).__name__} does neither. "
+                    "Write a robustrl.envs.grid.TabularEnv, or give your environment the attribute `outcomes`"
+                )
             outcomes = mdp.outcomes(unsafe)
         elif unsafe is not None:
             outcomes = dataclasses.replace(outcomes, dangerous=unsafe.mark(outcomes))
@@ -118,8 +119,9 @@ class Declaration:
         outcomes = Outcomes(**part("outcomes."), gamma=plain["gamma"])
         described = dict(plain["analogy"])
         kind = described.pop("kind")
-        kinds = {known.__name__: known for known in (Analogy, *Analogy.__subclasses__())}
-        return cls(outcomes, arrays.get("safe_set"), kinds[kind](**described, **part("analogy.")), plain["tau"])
+        kinds: list[type[Analogy]] = [Analogy, *Analogy.__subclasses__()]
+        analogy = {known.__name__: known for known in kinds}[kind](**described, **part("analogy."))
+        return cls(outcomes, arrays.get("safe_set"), analogy, plain["tau"])
 
 
 def cut(outcomes: Outcomes, safe: Flags) -> Outcomes:
@@ -128,13 +130,14 @@ def cut(outcomes: Outcomes, safe: Flags) -> Outcomes:
     Raises:
         ValueError: if a pair of the set, or a start, could not do so.
     """
-    stays = np.where(outcomes.terminal, True, safe.any(1)[outcomes.successors]) & ~outcomes.dangerous
+    inside = np.any(safe, axis=1)
+    stays = np.where(outcomes.terminal, True, inside[outcomes.successors]) & ~outcomes.dangerous
     candidates = outcomes.candidates & (stays | ~safe[..., None])
     stranded = safe & ~candidates.any(-1)
     if stranded.any():
         state, action = np.argwhere(stranded)[0]
         raise ValueError(f"safe_set must be closed, but state {state}, action {action} always leaves it")
-    away = np.flatnonzero((np.asarray(outcomes.start) > 0) & ~safe.any(1))
+    away = np.flatnonzero((np.asarray(outcomes.start) > 0) & ~inside)
     if away.size:
         raise ValueError(f"safe_set must have a pair at every start, state {away[0]} has none")
     return dataclasses.replace(outcomes, candidates=candidates)
@@ -157,8 +160,7 @@ def _safe_pairs(given: Any, outcomes: Outcomes, mdp: TabularMDP | None) -> Flags
     pairs = outcomes.pairs("safe_set", given)
     if mdp is None or mdp.probabilities.shape != outcomes.candidates.shape:
         return pairs
-    found = validate_safe_set(mdp, outcomes, pairs)
-    return found
+    return validate_safe_set(mdp, outcomes, pairs)
 
 
 __all__ = ["FROM_P", "Declaration", "SafeSet", "cut"]

@@ -114,7 +114,8 @@ class Planner:
         dangerous = known & (possible & knowledge.outcomes.dangerous).any(-1)
         allowed = self.safe | (knowledge.outcomes.valid & ~dangerous)
         outside = allowed & ~self.safe
-        edge = outside & self.safe.any(1)[:, None]
+        inside = np.any(self.safe, axis=1)
+        edge = outside & inside[:, None]
         pool_of = knowledge.analogy.pool_of
         learnable = outside & ~known & (self._helped[pool_of] & ~knowledge.barred[knowledge.pool_of]).reshape(known.shape)
         beliefs = knowledge.beliefs()
@@ -167,7 +168,8 @@ class Planner:
         most = worth.max(1)
         some = most > -np.inf
         close = worth >= np.where(some, most - TIE * np.maximum(1, np.abs(most)), np.inf)[:, None]
-        preferred = np.where((close & self.safe).any(1)[:, None], close & self.safe, close)
+        inside = np.any(close & self.safe, axis=1)
+        preferred = np.where(inside[:, None], close & self.safe, close)
         return np.where(some, preferred.argmax(1), -1)
 
     def _steer(self, towards: Flags) -> Integers:
@@ -214,7 +216,8 @@ class Planner:
         state, action = np.nonzero(outside & known)
         successors, goes_on = outcomes.successors[state, action], (possible & ~outcomes.terminal)[state, action]
         while True:
-            grown = (useful.any(1)[successors] & goes_on).any(1) & ~useful[state, action]
+            leading = np.any(useful, axis=1)
+            grown = (leading[successors] & goes_on).any(1) & ~useful[state, action]
             if not grown.any():
                 return useful
             useful[state[grown], action[grown]] = True

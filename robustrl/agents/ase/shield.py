@@ -104,13 +104,13 @@ class SafeActionMask(gym.Wrapper[Any, Any, Any, Any]):
         """
         outcomes, support = self._known()
         n_states = len(self.safe)
-        given = hidden if issparse(hidden) else np.asarray(hidden)
+        given: Any = hidden if issparse(hidden) else np.asarray(hidden)
         if given.shape != (n_states, n_states) or given.dtype != bool:
             raise ValueError(f"hidden must be boolean of shape {(n_states, n_states)}, got {given.dtype} {given.shape}")
         seen_as = ((csr_array(given).astype(np.int32) + eye_array(n_states, dtype=np.int32, format="csr")) > 0).astype(np.int32)
         safe = self.safe
         while True:
-            met = safe.any(1)
+            met = np.any(safe, axis=1)
             possible = seen_as @ met.astype(np.int32) > 0
             mask: Flags = (seen_as @ (met[:, None] & ~safe).astype(np.int32) == 0) & possible[:, None]
             helpless = possible & ~mask.any(1)
