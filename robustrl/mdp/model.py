@@ -147,17 +147,10 @@ class TabularMDP:
         entered, ended = (
             np.bincount(self.successors[fires & which], minlength=self.n_states) > 0 for which in (~terminal, terminal)
         )
-        acting = entered | ~ended | (np.asarray(self.start) > 0)
-        dangerous = np.zeros(self.rewards.shape, dtype=bool) if unsafe is None else unsafe.mark(self)
-        return Outcomes(
-            self.successors.astype(np.int32),
-            fires & acting[:, None, None],
-            self.rewards,
-            dangerous,
-            terminal,
-            self.gamma,
-            self.start,
-        )
+        fires &= (entered | ~ended | (np.asarray(self.start) > 0))[:, None, None]
+        dangerous = fires & (False if unsafe is None else unsafe.mark(self))
+        successors = self.successors.astype(np.int32)
+        return Outcomes(successors, fires, self.rewards, dangerous, terminal, self.gamma, self.start)
 
     @cached_property
     def smallest_probability(self) -> float:
