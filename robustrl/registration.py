@@ -14,9 +14,18 @@ ENVIRONMENTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 """Id -> (horizon in decisions, keyword arguments of `robustrl.envs.atari.make_atari`)."""
 
+GRID_WORLDS: dict[str, tuple[int, str]] = {
+    "robustrl/LavaIslands-v0": (500, "LavaIslands"),
+    "robustrl/DiscretePlatformer-v0": (500, "DiscretePlatformer"),
+    "robustrl/TextGrid-v0": (500, "TextGrid"),
+}
+"""Id -> (horizon in steps, class in `robustrl.envs.grid`)."""
+
 
 def register_envs() -> None:
-    """Register `ENVIRONMENTS`; ids that are registered already are left alone."""
-    for env_id, (horizon, kwargs) in ENVIRONMENTS.items():
+    """Register `ENVIRONMENTS` and `GRID_WORLDS`; ids that are registered already are left alone."""
+    entries = {env_id: (horizon, "atari:make_atari", kwargs) for env_id, (horizon, kwargs) in ENVIRONMENTS.items()}
+    entries |= {env_id: (horizon, f"grid:{name}", {}) for env_id, (horizon, name) in GRID_WORLDS.items()}
+    for env_id, (horizon, entry_point, kwargs) in entries.items():
         if env_id not in gym.registry:
-            gym.register(env_id, "robustrl.envs.atari:make_atari", max_episode_steps=horizon, kwargs=dict(kwargs))
+            gym.register(env_id, f"robustrl.envs.{entry_point}", max_episode_steps=horizon, kwargs=dict(kwargs))
