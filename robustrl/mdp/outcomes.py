@@ -108,6 +108,11 @@ class Outcomes:
         return np.asarray(self.candidates.any(-1))
 
     @cached_property
+    def nodes(self) -> NDArray[np.int32]:
+        """Where slots lead, (S, A, K): a state, S for a safe end of the episode, S + 1 for a dangerous one."""
+        return np.where(self.terminal, self.n_states + self.dangerous.astype(np.int32), self.successors)
+
+    @cached_property
     def nonterminal(self) -> Flags:
         """Pairs that an agent may come to take, (S, A): at states reached from the start by slots that do not end the episode."""
         reached, found = np.zeros(self.n_states, dtype=bool), np.flatnonzero(np.asarray(self.start) > 0)

@@ -35,33 +35,29 @@ def water_fill(utilities: ArrayLike, p: ArrayLike, radius: ArrayLike, support: A
         optimistic: largest mean rather than smallest.
 
     Returns:
-        (..., K). Of equally good slots the last takes the mass.
+        (..., K). Of equally good slots the first takes the mass.
     """
     allowed = np.asarray(support, dtype=bool)
     worth = np.where(allowed, as_floats("utilities", utilities) * (1 if optimistic else -1), -np.inf)
-    centre, half = as_floats("p", p), as_floats("radius", radius) / 2
+    centre, half = as_floats("p", p), np.broadcast_to(as_floats("radius", radius) / 2, worth.shape[:-1])
     _check_ball(centre, 2 * half, allowed)
-    return _best_law(worth, centre, np.broadcast_to(half, centre.shape[:-1]), allowed)
+    law = np.where((half >= 1)[..., None], _one_hot(worth), _filled(worth, centre, half))
+    return np.asarray(law, dtype=np.float64)
 
 
-def _best_law(utilities: Floats, p: Floats, half: Floats, support: Flags) -> Floats:
-    """`water_fill` for utilities that are -inf outside the support, and half the radius."""
-    anything = (half >= 1)[..., None]
-    one_slot = np.arange(p.shape[-1]) == support.argmax(-1)[..., None]
-    filled, order = _filled(utilities, np.where(anything, one_slot, p), np.where(anything[..., 0], np.inf, half))
-    law = np.empty_like(filled)
-    np.put_along_axis(law, order, filled, -1)
-    return law
+def _one_hot(utilities: Floats) -> Flags:
+    return np.asarray(np.arange(utilities.shape[-1]) == utilities.argmax(-1)[..., None])
 
 
-def _filled(utilities: Floats, p: Floats, half: Floats) -> tuple[Floats, Integers]:
-    """The best distribution in order of utility, and that order, both (..., K); all slots may have mass."""
-    order = np.argsort(utilities, axis=-1, kind="stable")
-    q = np.take_along_axis(p, order, -1)
+def _filled(utilities: Floats, p: Floats, half: Floats, heavy: int | None = None) -> Floats:
+    """Up to `half` (...) of mass moved from the worst slots to the best; only the first `heavy` slots (..., K) have any."""
+    order = np.argsort(utilities[..., :heavy], axis=-1, kind="stable")
+    q = np.take_along_axis(p[..., :heavy], order, -1)
     taken = np.clip(half[..., None] - (np.cumsum(q, -1) - q), 0, q)
-    q -= taken
-    q[..., -1] += taken.sum(-1)
-    return q, order
+    law, best = p.copy(), utilities.argmax(-1)[..., None]
+    np.put_along_axis(law[..., :heavy], order, q - taken, -1)
+    np.put_along_axis(law, best, np.take_along_axis(law, best, -1) + taken.sum(-1, keepdims=True), -1)
+    return law
 
 
 def _check_ball(p: Floats, radius: Floats, support: Flags) -> None:
@@ -78,32 +74,39 @@ def _check_ball(p: Floats, radius: Floats, support: Flags) -> None:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Pairs whose supports have one size and which are backed up in one way; d slots each."""
+    """Pairs whose supports have one size d and which are backed up in one way."""
 
     pairs: Integers  # flat numbers (n,)
-    to: Integers  # nodes that slots lead to (n, d)
+    slots: Integers  # the support (n, d), by falling mass
+    to: Integers  # nodes that these lead to (n, d)
     rewards: Floats  # (n, d)
     p: Floats  # (n, d)
-    half: Floats | None  # half the radius (n,); None: no freedom
-    free: bool  # any distribution
+    half: Floats  # half the radius (n,): 0 for all, at least 1 for all, or in between
 
-    def backed_up(self, utilities: Floats, sign: int) -> Floats:
-        if self.free:
-            best: Floats = utilities.max(1) if sign > 0 else utilities.min(1)
-            return best
-        law = self.p
-        if self.half is not None:
-            law, order = _filled(sign * utilities, law, self.half)
-            utilities = np.take_along_axis(utilities, order, 1)
-        mean: Floats = np.einsum("nk,nk->n", law, utilities)
-        return mean
+    @cached_property
+    def heavy(self) -> int:
+        """The most slots that have mass in any row."""
+        return int((self.p > 0).sum(1).max())
+
+    def best(self, utilities: Floats, sign: int) -> Floats:
+        """Largest (sign 1) or smallest (-1) means in the balls (n,), of utilities (n, d)."""
+        if self.half[0] >= 1:
+            return np.asarray(utilities.max(1) if sign > 0 else utilities.min(1))
+        return np.asarray(np.einsum("nk,nk->n", self.law(utilities, sign), utilities))
+
+    def law(self, utilities: Floats, sign: int) -> Floats:
+        """The distributions that have these means (n, d)."""
+        if self.half[0] >= 1:
+            return _one_hot(sign * utilities).astype(np.float64)
+        return _filled(sign * utilities, self.p, self.half, self.heavy) if self.half[0] else self.p
 
     def kept(self, allowed: Flags) -> _Rows:
+        """The rows of some pairs, bool (S A,)."""
         keep = allowed[self.pairs]
         if keep.all():
             return self
-        half = None if self.half is None else self.half[keep]
-        return _Rows(self.pairs[keep], self.to[keep], self.rewards[keep], self.p[keep], half, self.free)
+        pairs, slots, to = self.pairs[keep], self.slots[keep], self.to[keep]
+        return _Rows(pairs, slots, to, self.rewards[keep], self.p[keep], self.half[keep])
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,12 +147,6 @@ class Beliefs:
         return np.asarray(self.support.any(-1))
 
     @cached_property
-    def to(self) -> Integers:
-        """Where slots lead, (S, A, K): a state, S for a safe end of the episode, S + 1 for a dangerous one."""
-        known = self.outcomes
-        return np.where(known.terminal, known.n_states + known.dangerous, known.successors).astype(np.int64)
-
-    @cached_property
     def worst_return(self) -> float:
         """A lower bound of what any state is worth, times (1 - gamma)."""
         return float(min(0.0, self.outcomes.rewards[self.support].min(initial=0.0)))
@@ -157,26 +154,29 @@ class Beliefs:
     @cached_property
     def rows(self) -> list[_Rows]:
         """The pairs, grouped by how they are backed up and by the size of their support."""
-        flat = self.support.reshape(-1, self.outcomes.n_slots)
-        degree, radius = flat.sum(1), self.radii.ravel()
-        # One slot leaves no freedom, whatever the radius; its only distribution is 1.
-        way = np.where(degree == 1, 3, np.where(radius >= 2, 2, np.where(radius > 0, 1, 0)))
-        return list(self._grouped(flat, degree, way))
+        n_slots, known = self.outcomes.n_slots, self.outcomes
+        support, to = self.support.reshape(-1, n_slots), known.nodes.reshape(-1, n_slots)
+        rewards, p = known.rewards.reshape(-1, n_slots), self.estimates.reshape(-1, n_slots)
+        degree = support.sum(1)
+        half = np.where(degree == 1, 1.0, self.radii.ravel() / 2)  # one slot is certain, whatever is estimated
+        kind = 3 * degree + (half > 0) + (half >= 1)
+        found = []
+        for each in np.unique(kind[degree > 0]):
+            pairs = np.flatnonzero(kind == each)
+            slots = np.nonzero(support[pairs])[1].reshape(len(pairs), -1)
+            falling = np.argsort(-p[pairs[:, None], slots], axis=1, kind="stable")
+            at = (pairs[:, None], slots := np.take_along_axis(slots, falling, 1))
+            found.append(_Rows(pairs, slots, to[at].astype(np.int64), rewards[at], p[at], half[pairs]))
+        return found
 
     def kept(self, allowed: Flags) -> list[_Rows]:
-        """The rows of these pairs."""
+        """The rows of some pairs, bool (S, A)."""
         parts = (group.kept(allowed.ravel()) for group in self.rows)
         return [part for part in parts if len(part.pairs)]
 
-    def _grouped(self, flat: Flags, degree: Integers, way: Integers) -> Iterator[_Rows]:
-        slots = np.argsort(~flat, axis=1, kind="stable")
-        to = self.to.reshape(flat.shape)
-        rewards, p = self.outcomes.rewards.reshape(flat.shape), self.estimates.reshape(flat.shape)
-        for d, how in np.unique(np.stack([degree, way], axis=1)[degree > 0], axis=0):
-            pairs = np.flatnonzero((degree == d) & (way == how))
-            where = (pairs[:, None], slots[pairs, :d])
-            half = self.radii.ravel()[pairs] / 2 if how == 1 else None
-            yield _Rows(pairs, to[where], rewards[where], p[where], half, bool(how >= 2))
+    def chosen(self, policy: Integers) -> list[_Rows]:
+        """The rows of an action per state (S,), or -1."""
+        return self.kept(policy[:, None] == np.arange(self.radii.shape[1]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,43 +189,43 @@ class _Problem:
     restart: bool
     gamma: float
 
+    @property
+    def sign(self) -> int:
+        """1 for the best probabilities, -1 for the worst."""
+        return 1 if self.optimistic else -1
+
     def worth(self, values: Floats) -> Floats:
         """Discounted values of the nodes (S + 2,): states, safe end, dangerous end."""
         again = float(np.asarray(self.beliefs.outcomes.start) @ values) if self.restart else 0.0
         return self.gamma * np.concatenate([values, [again, 0.0]])
 
+    def utilities(self, group: _Rows, worth: Floats) -> Floats:
+        """What the slots of rows are worth (n, d)."""
+        return worth[group.to] + group.rewards if self.paid is None else worth[group.to]
+
     def backed_up(self, rows: list[_Rows], worth: Floats) -> Floats:
         """Action values (S, A) of the pairs in `rows`; -inf for others."""
         found = np.full(self.beliefs.radii.shape, -np.inf)
         for group in rows:
-            utilities = worth[group.to]
-            if self.paid is None:
-                utilities += group.rewards
-            found.reshape(-1)[group.pairs] = group.backed_up(utilities, 1 if self.optimistic else -1)
+            found.reshape(-1)[group.pairs] = group.best(self.utilities(group, worth), self.sign)
         return found if self.paid is None else found + self.paid
 
-    def kernel(self, chosen: Integers, worth: Floats) -> Floats:
-        """The best (or worst) slot probabilities of the chosen actions (S, K)."""
-        beliefs, acting = self.beliefs, np.flatnonzero(chosen >= 0)
-        at = (acting, chosen[acting])
-        utilities = worth[beliefs.to[at]] + (beliefs.outcomes.rewards[at] if self.paid is None else 0.0)
-        support, sign = beliefs.support[at], 1 if self.optimistic else -1
-        found = np.zeros((len(chosen), support.shape[1]))
-        found[acting] = _best_law(
-            np.where(support, sign * utilities, -np.inf), beliefs.estimates[at], beliefs.radii[at] / 2, support
-        )
-        return found
+    def laws(self, policy: Integers, worth: Floats) -> Iterator[tuple[_Rows, Integers, Floats]]:
+        """The chosen rows, their states, and the best (or worst) slot probabilities."""
+        for group in self.beliefs.chosen(policy):
+            yield group, group.pairs // self.beliefs.radii.shape[1], group.law(self.utilities(group, worth), self.sign)
 
     def followed(self, policy: Integers, worth: Floats, values: Floats) -> Floats:
         """Values after some sweeps with fixed actions and the probabilities that are best (or worst) now."""
-        known, acting = self.beliefs.outcomes, np.flatnonzero(policy >= 0)
-        at, law = (acting, policy[acting]), self.kernel(policy, worth)[acting]
-        gained = np.einsum("nk,nk->n", law, known.rewards[at]) if self.paid is None else self.paid[at]
-        row, slot = np.nonzero(law)
-        moves = csr_array((law[row, slot], (row, self.beliefs.to[at][row, slot])), shape=(len(acting), len(worth)))
-        values = values.copy()
+        gained, entries = np.zeros(len(values)), []
+        for group, state, law in self.laws(policy, worth):
+            gained[state] = self.paid.ravel()[group.pairs] if self.paid is not None else (law * group.rewards).sum(1)
+            row, slot = np.nonzero(law)
+            entries.append((law[row, slot], state[row], group.to[row, slot]))
+        mass, start, end = map(np.concatenate, zip(*entries, strict=True))
+        moves = csr_array((mass, (start, end)), shape=(len(values), len(worth)))
         for _ in range(PLAIN_SWEEPS):
-            values[acting] = gained + moves @ self.worth(values)
+            values = np.where(policy >= 0, gained + moves @ self.worth(values), values)
         return values
 
 
@@ -254,7 +254,11 @@ class Plan:
 
     def kernel(self, policy: ArrayLike) -> Floats:
         """The optimistic (or pessimistic) slot probabilities of the chosen actions, (S, K); 0 where the action is -1."""
-        return self.problem.kernel(_actions(self.problem.beliefs, policy), self._worth)
+        beliefs = self.problem.beliefs
+        found = np.zeros((len(self.values), beliefs.outcomes.n_slots))
+        for group, state, law in self.problem.laws(_actions(beliefs, policy), self._worth):
+            found[state[:, None], group.slots] = law
+        return found
 
 
 def _actions(beliefs: Beliefs, policy: ArrayLike) -> Integers:
@@ -324,7 +328,7 @@ def optimise(
         if optimistic or one_each:
             values = problem.followed(policy, worth, improved)
         else:  # against an adversary, holding actions and probabilities both may cycle: hold the actions only
-            values, few = improved, beliefs.kept(policy[:, None] == np.arange(choice.shape[1]))
+            values, few = improved, beliefs.chosen(policy)
             for _ in range(PLAIN_SWEEPS):
                 values = np.where(acting, problem.backed_up(few, problem.worth(values)).max(1), values)
 
