@@ -169,7 +169,7 @@ def goal_and_lava(
     Args:
         successors: of the slots, (S, A, K), or (S, 1, K) if all actions have the same; so the next one.
         candidates: which slots there are; pairs without any do not exist.
-        probabilities: (S, A, K).
+        probabilities: (S, A, K); those of pairs that do not exist sum to 1 too.
         goal: which states are goals, (S,).
         lava: which states are lava, (S,).
         first: in which states an episode may start, with equal probabilities, (S,).
@@ -183,6 +183,5 @@ def goal_and_lava(
     successors, candidates, rewards, dangerous, terminal = (
         np.broadcast_to(array, shape) for array in (successors, candidates, rewards, dangerous, terminal)
     )
-    probabilities = np.where(exists, probabilities, np.eye(shape[-1])[0])
     outcomes = Outcomes(successors, candidates, rewards, dangerous, terminal, gamma, start)
     return TabularMDP(successors, probabilities, rewards, terminal, gamma, start), outcomes

@@ -77,7 +77,7 @@ class DiscretePlatformer(TabularEnv):
         successors = np.stack([after(STRONG), after(WEAK)], -1)
         first = np.flatnonzero((grid[bodies.row, bodies.column] == "a") & (bodies.right == 0) & (bodies.up == 0))
         ended = np.isin(grid, ("l", "g"))[bodies.row, bodies.column]
-        states = _reachable(np.where(ended[:, None, None], np.arange(ended.size)[:, None, None], successors), first)
+        states = _reachable(successors, first)
         number = np.zeros(ended.size, dtype=np.int64)
         number[states] = np.arange(states.size)
 

@@ -30,6 +30,12 @@ def test_a_layer_changes_the_cells_that_it_marks_alone(name: str) -> None:
     assert cells_that_differ(paint(FLOOR, {}), paint(FLOOR, {name: layer})) == [(1, 2)]
 
 
+def test_a_tile_is_painted_in_its_cell() -> None:
+    tiles = FLOOR.copy()
+    tiles[2, 1] = "goal"
+    assert cells_that_differ(paint(FLOOR, {}), paint(tiles, {})) == [(2, 1)]
+
+
 def test_agent_is_drawn_in_its_cell_and_every_heading_looks_different() -> None:
     plain, disc = paint(FLOOR, {}), paint(FLOOR, {}, (0, 3))
     arrows = [paint(FLOOR, {}, (0, 3), heading) for heading in range(4)]
@@ -46,6 +52,8 @@ def test_values_have_the_colours_of_their_order_and_visits_get_darker() -> None:
     visits = np.tile([0, 1, 10, 100], (3, 1))
     columns = paint(FLOOR, {"visits": visits}).astype(int).mean(0).reshape(4, T, 3).mean((1, 2))
     assert (np.diff(columns) < 0).all()
+    few, many = (paint(FLOOR, {"visits": np.full(FLOOR.shape, n)}) for n in (1, 1000))
+    np.testing.assert_array_equal(few, many)  # the scale is that of the most visited cell
 
 
 def test_safe_regions_are_framed_along_their_border_only() -> None:
@@ -108,6 +116,7 @@ def test_states_of_one_cell_are_joined() -> None:
     assert env.on_grid("values", np.where(numbers == 7, -np.inf, numbers)).tolist() == [[3, 6], [11, 15]]
     assert env.on_grid("safe", numbers == 9).tolist() == [[False, False], [True, False]]
     pairs = np.stack([numbers, numbers, numbers], -1)
+    assert env.on_grid("values", pairs * [1, 2, 1]).tolist() == [[6, 14], [22, 30]]
     assert env.on_grid("visits", pairs).tolist() == [[18, 66], [114, 162]]
 
 

@@ -118,6 +118,19 @@ def test_whoever_walks_off_a_ledge_falls_into_the_lava() -> None:
     assert int(env.bodies.row[state]) == 2
 
 
+def test_analogues_move_alike_on_the_same_surface_with_the_same_action() -> None:
+    env = DiscretePlatformer()
+    grid = maps.load("cliffs", "cidlgas-")
+    analogy = env.analogy.on(env.outcomes)
+    pairs = np.flatnonzero(env.outcomes.valid.ravel())
+    for pair in pairs[::97].tolist():
+        members = np.intersect1d(analogy.members(int(analogy.pool_of[pair])), pairs)
+        states, actions = np.divmod(members, 10)
+        row, column, right, up = (part[states] for part in env.bodies)
+        below = np.where((up <= 0) & np.isin(grid[row + 1, column], list("cid")), grid[row + 1, column], "")
+        assert [len(np.unique(same)) for same in (actions, right, up, below)] == [1, 1, 1, 1]
+
+
 def test_level_has_at_most_three_thousand_states() -> None:
     assert 1000 < DiscretePlatformer().mdp.n_states <= 3000
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -17,6 +18,7 @@ from robustrl.mdp import TabularMDP
 from robustrl.mdp.analogy import Analogy
 from robustrl.mdp.outcomes import Outcomes
 from robustrl.mdp.safe_sets import learnable_oracle, validate_analogy, validate_safe_set
+from robustrl.registration import GRID_WORLDS
 
 LAVA, PLATFORMER, TEXT = (f"robustrl/{name}-v0" for name in ("LavaIslands", "DiscretePlatformer", "TextGrid"))
 
@@ -47,6 +49,17 @@ def support(env: TabularEnv) -> np.ndarray:
 
 def test_every_shipped_map_is_tested() -> None:
     assert {name for _, kwargs in WORLDS for key, name in kwargs.items() if key in ("map", "level")} == set(maps.names())
+
+
+@pytest.mark.parametrize("env_id", GRID_WORLDS)
+def test_registered_ids_play_their_shipped_map_and_stop_at_their_horizon(env_id: str) -> None:
+    env = gym.make(env_id)
+    env.reset(seed=0)
+    stays = int(np.flatnonzero(env.unwrapped.safe_set[env.unwrapped.state])[0])  # type: ignore[attr-defined]
+    for i in range(1, 501):
+        state, _, terminated, truncated, _ = env.step(stays)
+        assert (terminated, truncated) == (False, i == 500)
+        stays = int(np.flatnonzero(env.unwrapped.safe_set[state])[0])  # type: ignore[attr-defined]
 
 
 @worlds
@@ -142,6 +155,20 @@ def test_equal_seeds_play_equal_episodes_and_others_do_not() -> None:
     assert len({tuple(play(seed)) for seed in range(5)}) > 1
 
 
+@pytest.mark.parametrize("drawn", [0.0, np.nextafter(1.0, 0.0)])
+def test_extreme_draws_fire_slots_that_may_fire(drawn: float) -> None:
+    class Extreme:
+        def random(self) -> float:
+            return drawn
+
+    env = LavaIslands("river")
+    env.np_random = Extreme()  # type: ignore[assignment]
+    for state, action in np.argwhere(env.outcomes.valid).tolist():
+        env.state = state
+        end = env.step(action)[0]
+        assert end in env.mdp.successors[state, action, env.mdp.probabilities[state, action] > 0]
+
+
 def test_starts_are_drawn_evenly() -> None:
     env = TextGrid("wwwww\nwasgw\nwsssw\nwssaw\nwwwww")
     first, _ = env.reset(seed=0)
@@ -201,6 +228,16 @@ def test_any_tabular_mdp_becomes_an_environment() -> None:
 def test_contradictory_worlds_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small_world(**change)
+
+
+def test_an_outcome_that_was_not_declared_is_refused() -> None:
+    env = LavaIslands("river")
+    state, action, slot = np.argwhere(env.mdp.probabilities > 0)[0]
+    candidates = env.outcomes.candidates.copy()
+    candidates[state, action, slot] = False
+    declared = dataclasses.replace(env.outcomes, candidates=candidates)
+    with pytest.raises(ValueError, match="outcomes must have every slot of mdp with a positive probability as a candidate"):
+        TabularEnv(env.mdp, declared, env.safe_set, env.analogy, env.tiles, env.cells)
 
 
 @pytest.mark.parametrize("action", [8, -1, 1.5, None])
