@@ -7,6 +7,7 @@ best one ("water filling"; Strehl and Littman, JCSS 2008, MBIE).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,8 +21,9 @@ from robustrl.mdp.model import ROUNDING, Floats
 from robustrl.mdp.outcomes import Flags, Outcomes
 
 Integers = NDArray[np.int64]
-PLAIN_SWEEPS = 20
-"""Sweeps with fixed actions and probabilities between two in which both are chosen anew: these cost little."""
+MAX_PLAIN_SWEEPS = 1000
+RELATIVE_ROUNDING = 64 * float(np.finfo(np.float64).eps)
+"""Changes of values below this share of the largest one are not progress."""
 
 
 def water_fill(utilities: ArrayLike, p: ArrayLike, radius: ArrayLike, support: ArrayLike, optimistic: bool = True) -> Floats:
@@ -38,7 +40,7 @@ def water_fill(utilities: ArrayLike, p: ArrayLike, radius: ArrayLike, support: A
         (..., K). Of equally good slots the first takes the mass.
     """
     allowed = np.asarray(support, dtype=bool)
-    worth = np.where(allowed, as_floats("utilities", utilities) * (1 if optimistic else -1), -np.inf)
+    worth = np.where(allowed, check_finite_array("utilities", utilities) * (1 if optimistic else -1), -np.inf)
     centre, half = as_floats("p", p), np.broadcast_to(as_floats("radius", radius) / 2, worth.shape[:-1])
     _check_ball(centre, 2 * half, allowed)
     law = np.where((half >= 1)[..., None], _one_hot(worth), _filled(worth, centre, half))
@@ -77,7 +79,7 @@ class _Rows:
     """Pairs whose supports have one size d and which are backed up in one way."""
 
     pairs: Integers  # flat numbers (n,)
-    slots: Integers  # the support (n, d), by falling mass
+    slots: Integers  # the support (n, d)
     to: Integers  # nodes that these lead to (n, d)
     rewards: Floats  # (n, d)
     p: Floats  # (n, d)
@@ -147,8 +149,8 @@ class Beliefs:
         return np.asarray(self.support.any(-1))
 
     @cached_property
-    def worst_return(self) -> float:
-        """A lower bound of what any state is worth, times (1 - gamma)."""
+    def worst_reward(self) -> float:
+        """The smallest reward that is believed possible, or 0 if that is smaller: an episode may end."""
         return float(min(0.0, self.outcomes.rewards[self.support].min(initial=0.0)))
 
     @cached_property
@@ -164,8 +166,10 @@ class Beliefs:
         for each in np.unique(kind[degree > 0]):
             pairs = np.flatnonzero(kind == each)
             slots = np.nonzero(support[pairs])[1].reshape(len(pairs), -1)
-            falling = np.argsort(-p[pairs[:, None], slots], axis=1, kind="stable")
-            at = (pairs[:, None], slots := np.take_along_axis(slots, falling, 1))
+            if 0 < half[pairs[0]] < 1:  # only slots with mass are sorted in a sweep: they come first
+                falling = np.argsort(-p[pairs[:, None], slots], axis=1, kind="stable")
+                slots = np.take_along_axis(slots, falling, 1)
+            at = (pairs[:, None], slots)
             found.append(_Rows(pairs, slots, to[at].astype(np.int64), rewards[at], p[at], half[pairs]))
         return found
 
@@ -188,6 +192,11 @@ class _Problem:
     optimistic: bool
     restart: bool
     gamma: float
+
+    @property
+    def plain_sweeps(self) -> range:
+        """Cheap sweeps with fixed choices between two in which all are made anew: about as many as rewards matter."""
+        return range(min(math.ceil(1 / (1 - self.gamma)), MAX_PLAIN_SWEEPS))
 
     @property
     def sign(self) -> int:
@@ -224,7 +233,7 @@ class _Problem:
             entries.append((law[row, slot], state[row], group.to[row, slot]))
         mass, start, end = map(np.concatenate, zip(*entries, strict=True))
         moves = csr_array((mass, (start, end)), shape=(len(values), len(worth)))
-        for _ in range(PLAIN_SWEEPS):
+        for _ in self.plain_sweeps:
             values = np.where(policy >= 0, gained + moves @ self.worth(values), values)
         return values
 
@@ -294,7 +303,7 @@ def optimise(
         restart: let a safe end of the episode lead to the start, instead of to nothing.
         gamma: discount in (0, 1), default that of the outcomes.
         initial: values (S,) to begin with.
-        tolerance: of the values.
+        tolerance: of the values, as far as their rounding permits; `error` says what was reached.
 
     Raises:
         ValueError: if an argument is out of range or a pair is allowed that does not exist.
@@ -307,7 +316,7 @@ def optimise(
     if not 0 < discount < 1:
         raise ValueError(f"gamma must be in (0, 1), got {gamma}")
     paid = None if rewards is None else _shaped("rewards", rewards, choice.shape)
-    floor = beliefs.worst_return if paid is None else min(0.0, float(paid[choice].min(initial=0.0)))
+    floor = beliefs.worst_reward if paid is None else min(0.0, float(paid[choice].min(initial=0.0)))
     stop = check_positive("tolerance", tolerance) * (1 - discount) / discount
 
     acting = choice.any(1)
@@ -322,14 +331,14 @@ def optimise(
         sweeps += 1
         improved = np.where(acting, action_values.max(1), values)
         change = float(np.abs(improved - values).max())
-        if change <= stop:
+        if change <= max(stop, RELATIVE_ROUNDING * float(np.abs(improved).max())):
             return Plan(problem, improved, action_values, discount * change / (1 - discount), sweeps, worth)
         policy = np.where(acting, action_values.argmax(1), -1)
         if optimistic or one_each:
             values = problem.followed(policy, worth, improved)
         else:  # against an adversary, holding actions and probabilities both may cycle: hold the actions only
             values, few = improved, beliefs.chosen(policy)
-            for _ in range(PLAIN_SWEEPS):
+            for _ in problem.plain_sweeps:
                 values = np.where(acting, problem.backed_up(few, problem.worth(values)).max(1), values)
 
 

@@ -267,6 +267,24 @@ def test_a_restart_leads_to_all_first_states_in_proportion() -> None:
     assert found == pytest.approx([1 + 9 * 2.5, 3 + 9 * 2.5])
 
 
+def test_planning_ends_where_rounding_hides_the_tolerance() -> None:
+    """Values near 1e11 are known to 1e-5 at best."""
+    mdp, _, _ = problem(5, 0.0)
+    outcomes = Outcomes(
+        mdp.successors.astype(np.int32), mdp.probabilities > 0, mdp.rewards * 1e9 + 3e9, np.zeros(mdp.rewards.shape, dtype=bool),
+        np.zeros(mdp.rewards.shape, dtype=bool), 0.99,
+    )  # fmt: skip
+    beliefs = Beliefs(outcomes, mdp.probabilities, np.full((5, 2), 0.1), outcomes.candidates)
+    plan = optimise(beliefs, allowed=np.ones((5, 2), dtype=bool))
+    assert np.abs(plan.values).max() > 1e11
+    assert plan.error < 1e-10 * np.abs(plan.values).max()
+
+
+def test_utilities_are_numbers() -> None:
+    with pytest.raises(ValueError, match="utilities must be finite"):
+        water_fill([1.0, np.nan], [0.5, 0.5], 0.1, [True, True])
+
+
 def test_no_action_is_invented_where_none_is_allowed() -> None:
     mdp, beliefs, _ = problem(3, 0.0)
     nothing = np.zeros((5, 2), dtype=bool)
