@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING, Any
 from robustrl.registration import register_envs
 
 if TYPE_CHECKING:
-    from robustrl import agents, attacks, certify, envs, networks, policy, rollouts
+    from robustrl import agents, attacks, certify, envs, mdp, networks, policy, rollouts
     from robustrl.api import attack_policy, certify_policy, load_agent
     from robustrl.certify.certificate import Certificate
     from robustrl.certify.classify import radius_from_counts
     from robustrl.certify.episode import EpisodeCertificate
     from robustrl.certify.radius import RadiusCertificate
     from robustrl.certify.returns import certify_quantile, certify_return, certify_success, episode_budget, plug_in_return
+    from robustrl.certify.safe_set import SafeSetCertificate
     from robustrl.certify.sampling import Smoothed, Tally
     from robustrl.envs.atari import make_atari_env
     from robustrl.envs.bounds import known_return_bounds
     from robustrl.envs.chain import check_chain
     from robustrl.envs.hosts import add_attack, add_noise
     from robustrl.envs.recipe import EnvRecipe, make_vec_env
+    from robustrl.exploration import explore
     from robustrl.noise import (
         Ablation,
         DeterministicSplitting,
@@ -59,12 +61,14 @@ _HOMES = {
     "robustrl.certify.episode": ("EpisodeCertificate",),
     "robustrl.certify.radius": ("RadiusCertificate",),
     "robustrl.certify.returns": ("certify_quantile", "certify_return", "certify_success", "episode_budget", "plug_in_return"),
+    "robustrl.certify.safe_set": ("SafeSetCertificate",),
     "robustrl.certify.sampling": ("Smoothed", "Tally"),
     "robustrl.envs.atari": ("make_atari_env",),
     "robustrl.envs.bounds": ("known_return_bounds",),
     "robustrl.envs.chain": ("check_chain",),
     "robustrl.envs.hosts": ("add_attack", "add_noise"),
     "robustrl.envs.recipe": ("EnvRecipe", "make_vec_env"),
+    "robustrl.exploration": ("explore",),
     "robustrl.policy.normalization": ("Normalization",),
     "robustrl.noise": (
         "Ablation", "DeterministicSplitting", "EntryAblation", "Gaussian", "Laplace", "Noise", "QuantisedGaussian",
@@ -87,6 +91,7 @@ _MODULES = {
     "attacks": "robustrl.attacks",
     "certify": "robustrl.certify",
     "envs": "robustrl.envs",
+    "mdp": "robustrl.mdp",
     "networks": "robustrl.networks",
     "policy": "robustrl.policy",
     "presets": "robustrl.training.presets",
@@ -111,6 +116,7 @@ __all__ = [
     "Normalization",
     "QuantisedGaussian",
     "RadiusCertificate",
+    "SafeSetCertificate",
     "Smoothed",
     "Splitting",
     "Tally",
@@ -133,10 +139,12 @@ __all__ = [
     "denoise",
     "envs",
     "episode_budget",
+    "explore",
     "known_return_bounds",
     "load_agent",
     "make_atari_env",
     "make_vec_env",
+    "mdp",
     "networks",
     "plug_in_return",
     "policy",

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from robustrl import cli_inputs
+from robustrl import cli_exploration, cli_inputs
 from robustrl.options import (
     Algo,
     Alpha,
@@ -537,6 +537,7 @@ def demo(
 
 app.command()(cli_inputs.trace)
 app.command()(cli_inputs.certify_images)
+app.command()(cli_exploration.explore)
 
 
 def main() -> None:

@@ -1,5 +1,18 @@
 """Who acts."""
 
+from robustrl.agents.ase import (
+    ASE,
+    MBIE,
+    EpsilonGreedy,
+    QLearning,
+    RMax,
+    SafeActionMask,
+    SafeEpsilonGreedy,
+    SafeRMax,
+    TabularAgent,
+    UndirectedASE,
+    UnsafeStateError,
+)
 from robustrl.agents.attacked import AttackedAgent
 from robustrl.agents.cloning import BehaviourCloning, FourierFeatures
 from robustrl.agents.denoised import DenoisedAgent
@@ -8,15 +21,26 @@ from robustrl.agents.split import DeterministicSplitAgent, SplitEpisode, play_ep
 from robustrl.agents.voting import ActionInterval, MajorityVoteAgent, MedianAgent
 
 __all__ = [
+    "ASE",
+    "MBIE",
     "ActionInterval",
     "AttackedAgent",
     "BehaviourCloning",
     "DenoisedAgent",
     "DeterministicSplitAgent",
+    "EpsilonGreedy",
     "FourierFeatures",
     "MajorityVoteAgent",
     "MedianAgent",
+    "QLearning",
+    "RMax",
+    "SafeActionMask",
+    "SafeEpsilonGreedy",
+    "SafeRMax",
     "SmoothedAgent",
     "SplitEpisode",
+    "TabularAgent",
+    "UndirectedASE",
+    "UnsafeStateError",
     "play_episode",
 ]
