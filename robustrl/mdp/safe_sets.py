@@ -66,8 +66,8 @@ def expand(outcomes: Outcomes, safe: ArrayLike, known: ArrayLike, possible: Arra
     """
     safe, known = outcomes.pairs("safe", safe), outcomes.pairs("known", known)
     may = outcomes.slots("possible", possible)
-    does = may if sure is None else outcomes.slots("sure", sure)
-    new = known & ~safe & may.any(-1) & ~(may & outcomes.dangerous).any(-1)
+    does = may if sure is None else outcomes.slots("sure", sure) & may
+    new = known & ~safe & ~(may & outcomes.dangerous).any(-1)
     home = np.append(safe.any(1), True)
     pairs, certain = _Pairs.of(outcomes, new, may), _Pairs.of(outcomes, new, does)
 
@@ -98,7 +98,7 @@ def closed_subset(outcomes: Outcomes, pairs: ArrayLike, support: ArrayLike) -> F
 
 def _closed_parts(outcomes: Outcomes, pairs: Flags, support: Flags) -> tuple[Flags, Flags]:
     """The largest closed, danger-free part, and the largest part of it that leads back."""
-    inside = _Pairs.of(outcomes, pairs & support.any(-1) & ~(support & outcomes.dangerous).any(-1), support)
+    inside = _Pairs.of(outcomes, pairs & ~(support & outcomes.dangerous).any(-1), support)
     nowhere = np.arange(inside.n_nodes) == outcomes.n_states
     targets = nowhere | np.append(np.asarray(outcomes.start) > 0, False)
     closed = alive = inside.closed(np.ones(len(inside.state), dtype=bool), nowhere)

@@ -390,6 +390,30 @@ def test_the_excess_is_what_a_brute_force_over_all_related_pairs_finds() -> None
         assert validate_analogy(mdp, outcomes, analogy).worst_excess == pytest.approx(worst, abs=1e-12)
 
 
+def test_claims_that_are_too_modest_leave_a_margin() -> None:
+    mdp, outcomes = line(False, n=4)
+    modest = Analogy.from_functions(lambda s, a, s2, a2: None if a != a2 else 0.0 if s == s2 else 1.0 if a else 0.5, outcomes)
+    assert (
+        validate_analogy(mdp, outcomes, modest).worst_excess == 0.0
+    )  # state 3 only stays: action 1 is 1 away from that of others, as claimed
+    wider = Analogy.from_functions(lambda s, a, s2, a2: None if a != a2 else 0.0 if s == s2 else 1.5 if a else 0.5, outcomes)
+    assert validate_analogy(mdp, outcomes, wider).worst_excess == -0.5
+    assert validate_analogy(mdp, outcomes, wider).holds
+
+
+def test_the_worst_claim_may_be_far_or_near() -> None:
+    """Three cells whose only action works with probability 1, 0.8, 0.2: distances 0.4 and 1.2 next door, 1.6 two cells away."""
+    for works, worst, pair in (([1.0, 0.8, 0.2], 1.6, (0, 2)), ([1.0, 0.0, 1.0], 2.0, (0, 1))):
+        p = np.array([[[w, 1 - w]] for w in works])
+        to = (np.arange(3)[:, None, None] + np.array([1, 0])) % 3
+        mdp = TabularMDP(to, p, np.zeros((3, 1, 2)), gamma=0.9, start=np.full(3, 1 / 3))
+        everything = np.ones((3, 1, 2), dtype=bool)
+        outcomes = Outcomes(to, everything, np.zeros((3, 1, 2)), ~everything, ~everything, 0.9, np.full(3, 1 / 3))
+        found = validate_analogy(mdp, outcomes, Analogy.box((1, 3), 1, 2))
+        assert found.worst_excess == pytest.approx(worst)
+        assert ((found.pair or (0,))[0], (found.analogue or (0,))[0]) == pair
+
+
 def test_a_model_that_contradicts_what_is_declared_is_refused() -> None:
     mdp, outcomes = line(False)
     other = TabularMDP(mdp.successors, mdp.probabilities, mdp.rewards + 1, mdp.terminal, 0.9)
