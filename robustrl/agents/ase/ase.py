@@ -97,8 +97,8 @@ class ASE(SafeLearner):
         confidence: l1 radius that planning is optimistic within: "laplace" holds at all times; "weissman" and "heuristic" prove
             nothing of values. Safety does not depend on it.
         exploration: "directed" towards the best policy that may exist, or "undirected".
-        replan_every: plan at least that often, in steps; default when the draws of a visited pool have doubled, or one that
-            matters became known.
+        replan_every: plan at least that often, in steps; default when the draws of a visited pool have grown by half, or one
+            that matters became known.
         on_violation: "raise" a ModelViolation when the environment contradicts the assumptions, or "retract" what rested on them:
             the agent goes on from `safe_set` without any guarantee.
         stop_on_gap: stop learning when the bounds of the return from the start are that close.
@@ -162,7 +162,7 @@ class ASE(SafeLearner):
 
     @property
     def mode(self) -> Mode:
-        """ "goal", "explore", or "stuck": no safe policy ends the episode and nothing is left to learn."""
+        """ "goal", "explore", or "stuck": no safe policy reaches the goal and nothing is left to learn."""
         if self._stale:
             self._plan()
         return self.planner.mode
@@ -205,12 +205,19 @@ class ASE(SafeLearner):
     def _plan(self) -> None:
         before = self.planner.mode
         self.planner.plan()
-        self._due = np.maximum(2 * self.knowledge.totals, 1)
+        self._due = self.knowledge.next_look()
         self._planned_at, self._stale = self.num_timesteps, False
+        self._gap = None
         if self.stop_on_gap is not None and self.planner.mode != "explore":
-            self._gap = self.certificate().value_gap
+            self._value_gap()
         if self.planner.mode == "stuck" and before != "stuck" and self.verbose:
-            print("No safe policy reaches an end of the episode: nothing is left to learn inside the safe set.")
+            print("No safe policy reaches the goal: nothing is left to learn inside the safe set.")
+
+    def _value_gap(self) -> float | None:
+        """How far the bounds of the return were apart when it was first asked for after a plan; None without bounds."""
+        if self._gap is None and self.certified and self.knowledge.confidence == "laplace":
+            self._gap = self.certificate().value_gap
+        return self._gap
 
     def _retract(self) -> None:
         """What rested on a contradicted claim is no longer believed; outside the smaller set the old actions are all there is."""
@@ -250,8 +257,7 @@ class ASE(SafeLearner):
         return SafeActionMask(env, self.planner.safe, outcomes=self.outcomes, support=self.knowledge.possible)
 
     def _facts(self) -> dict[str, Any]:
-        bounds = self.certificate() if self.certified else None
-        gap = None if bounds is None else bounds.value_gap
+        gap = self._value_gap()
         return {
             **super()._facts(),
             "safety/safe_pairs": int(self.planner.safe.sum()),

@@ -75,7 +75,7 @@ class _Planning(SafeLearner):
                 self._safe = expand(self.outcomes, self._safe, knowledge.known_pairs, knowledge.possible)
             found = optimise(self._beliefs(), allowed=self.safe_set, initial=self._values)
             self._policy, self._values = found.policy, found.values
-            self._due = np.maximum(2 * knowledge.totals, 1)
+            self._due = knowledge.next_look()
             self._stale, self.n_plans = False, self.n_plans + 1
         return self._policy
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Sharing = Literal["pool", "best"]
 SHARINGS = ("pool", "best")
+LOOKS = 2
 NOTHING: Integers = np.zeros(0, dtype=np.int64)
 
 
@@ -27,6 +28,8 @@ class _Reach(NamedTuple):
     """Where the draws of a pair go."""
 
     pools: Integers
+    first: Integers
+    """Number of a pool's first slot."""
     slots: Integers | None
     """Slot of each pool that answers a slot of the pair, (pools, K); None: the same one."""
     l1: Floats | None
@@ -107,6 +110,10 @@ class Knowledge:
         """Slots that a pair may fire, (S, A, K): those seen of a known pair, every candidate of another."""
         return self.support[self.pool_of].reshape(self.outcomes.candidates.shape) & self.outcomes.candidates
 
+    def next_look(self) -> Integers:
+        """How many draws of a pool make it worth to plan again: those at hand and half as many."""
+        return self.totals + np.maximum(self.totals // LOOKS, 1)
+
     def analogues(self, pair: int) -> Integers:
         """Pairs whose draws teach about this one, and the other way round; itself among them."""
         return self.analogy.members(int(self.analogy.pool_of[pair]))
@@ -123,13 +130,14 @@ class Knowledge:
         reach = self._reaches.get(pair)
         if reach is None:
             reach = self._reaches[pair] = self._reach(pair)
-        pools, slots, l1 = reach
-        shown: Any = slot if slots is None else slots[:, slot]
-        if not self.support[pools, shown].all():
-            self._contradicted(pools[~self.support[pools, shown]], pair, slot)
+        pools, first, slots, l1 = reach
+        cells = first + (slot if slots is None else slots[:, slot])
+        fits = self.support.reshape(-1).take(cells)
+        if not fits.all():
+            self._contradicted(pools[~fits], pair, slot)
             return self.record(state, action, slot)
         self.visits[pair, slot] += 1
-        self.counts[pools, shown] += 1
+        self.counts.reshape(-1)[cells] += 1
         self.totals[pools] = totals = self.totals[pools] + 1
         if l1 is not None:
             self.transfer[pools] += l1
@@ -138,7 +146,7 @@ class Knowledge:
 
     def _reach(self, pair: int) -> _Reach:
         if self.sharing == "best":
-            return _Reach(np.array([pair]), None, None)
+            return _Reach(np.array([pair]), np.array([pair * self.outcomes.n_slots]), None, None)
         pools = self.analogy.feeds(pair)
         own = self.pool_of[pair]
         pools = pools[~self.barred[pools] | (pools == own)]
@@ -148,7 +156,7 @@ class Knowledge:
         l1 = None
         if len(pools) > 1:  # distances are symmetric, so they can be read off the pair's own pool
             l1 = self.analogy.distances(int(own))[np.searchsorted(self.analogy.members(int(own)), pools)]
-        return _Reach(pools, slots, l1 if l1 is not None and l1.any() else None)
+        return _Reach(pools, pools * self.outcomes.n_slots, slots, l1 if l1 is not None and l1.any() else None)
 
     def _freeze(self, full: Integers) -> Integers:
         fresh = full[~self.barred[full] & ~self.known[full]]
@@ -198,7 +206,7 @@ class Knowledge:
         estimates, draws, extra = self._laws()
         support = self.possible.reshape(estimates.shape)
         n_possible = support.sum(1)
-        radii = self._radii(draws, np.maximum(n_possible, 1), extra)
+        radii = self._radii(draws, np.maximum(n_possible, 1), extra, self.known[self.pool_of])
         if certain:
             radii[self.known[self.pool_of]] = 0.0
         if self.barred.any():
@@ -217,11 +225,10 @@ class Knowledge:
         counts = np.rint(laws * draws[:, None]).astype(np.int64).reshape(shape) * self.outcomes.valid[..., None]
         return Evidence(self.outcomes, safe_set, counts, extra.reshape(shape[:2]), self.pool_of.reshape(shape[:2]), policy)
 
-    def _radii(self, draws: Integers, n_possible: Integers, extra: Floats) -> Floats:
+    def _radii(self, draws: Integers, n_possible: Integers, extra: Floats, known: Flags) -> Floats:
         failure = self.delta_p / self.n_pools
         if self.confidence != "heuristic":
             return np.minimum(l1_radius(draws, n_possible, failure, self.confidence) + extra, 2.0)
-        known = self.known[self.pool_of]
         guessed = l1_radius(draws, n_possible, failure, "heuristic", beta=self.beta)
         return np.minimum(np.where(known, guessed, l1_radius(draws, n_possible, failure)) + extra, 2.0)
 
@@ -232,7 +239,8 @@ class Knowledge:
             some = np.maximum(totals, 1)
             return self.counts[self.pool_of] / some[:, None], totals, self.transfer[self.pool_of] / some
         readers, sources, l1, starts = self._links
-        radii = self._radii(self.totals[sources], np.maximum(self.possible.reshape(self.counts.shape).sum(1), 1)[readers], l1)
+        n_possible = np.maximum(self.possible.reshape(self.counts.shape).sum(1), 1)
+        radii = self._radii(self.totals[sources], n_possible[readers], l1, self.known[readers])
         radii = radii - 1e-12 * (readers == sources)  # a tie goes to a pair's own draws
         order = np.lexsort((radii, readers))[starts]
         best, slots = sources[order], getattr(self.analogy, "slots", None)

@@ -15,7 +15,7 @@ Mode = Literal["goal", "explore", "stuck"]
 TIE = 1e-9
 """Relative difference below which two actions are equally good."""
 
-STATE = ("safe", "goal", "targets", "policy", "wanted", "values", "_steering", "_reached", "_helped")
+STATE = ("safe", "goal", "targets", "policy", "wanted", "values", "_reached", "_helped")
 """What a planner remembers from one plan to the next."""
 
 
@@ -25,8 +25,8 @@ class Planner:
     `plan` brings both up to date with what is known. It first asks where the best policy that may exist, safe or not, would go.
     If that stays in the safe set, it is followed (mode "goal"). If not, the agent samples pairs in the safe set that behave like those
     at which it would leave it (mode "explore"). A way that cannot be learnt yet gives way to one that can; only when nothing at all
-    can be learnt any more does the best policy inside the safe set remain, and if no end of an episode can be reached there, the mode
-    is "stuck".
+    can be learnt any more does the best policy inside the safe set remain, and if neither an end of the episode nor a reward can be
+    reached there, the mode is "stuck".
 
     Args:
         knowledge: what is known; it changes between plans.
@@ -52,7 +52,8 @@ class Planner:
         self.policy: Integers = np.full(len(safe_set), -1)
         self.wanted: Integers = np.zeros(0, dtype=np.int64)
         self.values: Floats | None = None
-        self._steering: Floats | None = None
+        self._warm: dict[str, Floats] = {}
+        self._inward: tuple[Flags, Flags, Integers] | None = None
         self.n_plans = 0
         self.retract()
 
@@ -66,15 +67,19 @@ class Planner:
     def pack(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """Everything decided, as plain data and arrays."""
         arrays = {name: getattr(self, name) for name in STATE if getattr(self, name) is not None}
+        arrays |= {f"warm.{problem}": values for problem, values in self._warm.items()}
+        if self._inward is not None:
+            arrays |= {f"inward.{i}": array for i, array in enumerate(self._inward)}
         return {"mode": self.mode, "n_known": self._n_known, "depth": self._depth, "n_plans": self.n_plans}, arrays
 
     def unpack(self, plain: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
         """The inverse of `pack`."""
         self.mode, self._n_known, self._depth, self.n_plans = (plain[name] for name in ("mode", "n_known", "depth", "n_plans"))
-        for name, array in arrays.items():
-            if name not in STATE:
-                raise ValueError(f"{name} is no part of a planner")
-            setattr(self, name, array)
+        for name in STATE:
+            setattr(self, name, arrays.get(name))
+        self._warm = {name.removeprefix("warm."): array for name, array in arrays.items() if name.startswith("warm.")}
+        if "inward.0" in arrays:
+            self._inward = arrays["inward.0"], arrays["inward.1"], arrays["inward.2"]
 
     def expand(self) -> None:
         """Bring the safe set up to date, and what can be learnt inside it."""
@@ -120,34 +125,37 @@ class Planner:
         learnable = outside & ~known & (self._helped[pool_of] & ~knowledge.barred[knowledge.pool_of]).reshape(known.shape)
         beliefs = knowledge.beliefs()
 
+        useful = self._useful(outside, learnable, known, possible)
+
         def targets(of: Flags) -> Flags:
             return self._targets(of, outside, learnable, known, possible)
 
-        best = self._best(beliefs, allowed)
         self.targets = np.zeros_like(edge)
-        exhausted = False
-        if (self.goal & ~self.safe).any():
-            self.targets = targets(self.goal & edge if self.directed else edge)
-            if not self.targets.any():
-                # The best way out cannot be learnt now. Try one that can be; else learn anything: it may open the best one.
-                best = self._best(beliefs, allowed & ~(edge & ~self._useful(outside, learnable, known, possible)))
-                self.targets = targets(self.goal & edge)
-                if not self.targets.any():
-                    self.targets = targets(edge)
-                exhausted = not self.targets.any()
-        if self.targets.any():
-            self.mode = "explore"
-            self.policy = self._steer(self.targets)
+        if not (edge & useful).any():  # nothing is left to learn
+            best = self._best(beliefs, allowed & ~edge, "inside")
+            self.mode = "goal" if self._worthwhile() else "stuck"
+        else:
+            best = self._best(beliefs, allowed, "all")
+            self.mode = "explore" if (self.goal & ~self.safe).any() else "goal"
+        if self.mode != "explore":
+            inward = self.goal & self.safe
+            if self._inward is None or (inward != self._inward[0]).any() or (self.safe != self._inward[1]).any():
+                self._inward = inward, self.safe, self._steer(inward)
+            self.policy = np.where(inward.any(1), best, self._inward[2])
             return
-        self.mode = "stuck" if exhausted and not self._ends() else "goal"
-        here = (self.goal & self.safe).any(1)
-        self.policy = np.where(here, best, self._steer(self.goal & self.safe))
+        self.targets = targets(self.goal & edge if self.directed else edge)
+        if not self.targets.any():  # the best way out cannot be learnt now: try one that can be
+            self._best(beliefs, allowed & ~(edge & ~useful), "learnable")
+            self.targets = targets(self.goal & edge)
+        if not self.targets.any():  # else learn anything: it may open the best way
+            self.targets = targets(edge)
+        self.policy = self._steer(self.targets)
 
-    def _best(self, beliefs: Beliefs, allowed: Flags) -> Integers:
+    def _best(self, beliefs: Beliefs, allowed: Flags, problem: str) -> Integers:
         """The best policy that may exist among the allowed pairs (S,); sets `goal` to what it visits."""
         outcomes = beliefs.outcomes
-        found = optimise(beliefs, allowed=allowed, initial=self.values)
-        self.values = found.values
+        found = optimise(beliefs, allowed=allowed, initial=self._warm.get(problem))
+        self._warm[problem] = self.values = found.values
         policy = self._choice(found)
         law = found.kernel(policy) > 1e-12
         law &= ~outcomes.terminal[np.arange(len(policy)), policy]
@@ -180,9 +188,9 @@ class Planner:
         gamma = max(self.knowledge.outcomes.gamma, 1 - 1 / self._depth)
         found = optimise(
             self.knowledge.beliefs(certain=True), allowed=self.safe, rewards=towards.astype(float), restart=True, gamma=gamma,
-            initial=self._steering, tolerance=1e-4,
+            initial=self._warm.get("steer"), tolerance=1e-4,
         )  # fmt: skip
-        self._steering = found.values
+        self._warm["steer"] = found.values
         return self._choice(found)
 
     def _targets(self, edge: Flags, outside: Flags, learnable: Flags, known: Flags, possible: Flags) -> Flags:
@@ -222,9 +230,9 @@ class Planner:
                 return useful
             useful[state[grown], action[grown]] = True
 
-    def _ends(self) -> bool:
-        """Whether a safe end of the episode can be reached in the safe set, or the world has none to begin with."""
+    def _worthwhile(self) -> bool:
+        """Whether a safe end of the episode, or a reward, can be reached in the safe set; or the world has no end to begin with."""
         outcomes = self.knowledge.outcomes
-        ends = outcomes.terminal & ~outcomes.dangerous & outcomes.candidates
-        inside: Any = ends & self.knowledge.possible & self._reached[..., None]
-        return bool(inside.any() or not ends.any())
+        ends = outcomes.terminal & ~outcomes.dangerous
+        inside = self.knowledge.possible & self._reached[..., None]
+        return bool((inside & (ends | (outcomes.rewards > 0))).any() or not (ends & outcomes.candidates).any())

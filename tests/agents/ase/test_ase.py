@@ -1,0 +1,308 @@
+"""ASE: safe on the truth after every plan, near-optimal among what can be proven, and none of the traps."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from scipy.stats import binom
+from worlds import TWO_ISLANDS, islands, nearby
+
+from agents.ase.small import (
+    STAYS,
+    World,
+    hidden_danger,
+    late_proof,
+    lies,
+    one_draw_per_episode,
+    random_world,
+    world,
+)  # fmt: skip
+from robustrl.agents.ase import ASE, UndirectedASE, UnsafeStateError
+from robustrl.mdp import Analogy, ModelViolation, TabularMDP, Unsafe, learnable_oracle
+
+
+def after_every_plan(agent: ASE, check: Any) -> Any:
+    """A callback that runs `check` whenever the agent has planned anew."""
+    seen = [-1]
+
+    def look(local: dict[str, Any], _: dict[str, Any]) -> bool:
+        if agent.planner.n_plans != seen[0]:
+            seen[0] = agent.planner.n_plans
+            check()
+        return True
+
+    return look
+
+
+def runs_with_lies(make: Any, seeds: range, steps: int, **settings: Any) -> int:
+    """In how many runs a pair was ever said to be safe that is not."""
+    failures = 0
+    for seed in seeds:
+        of = make(seed)
+        agent = ASE(of, seed=seed, **settings)
+        false: list[Any] = []
+        check = after_every_plan(agent, lambda of=of, agent=agent, false=false: false.extend(lies(of, agent.safe_set)))
+        with contextlib.suppress(ModelViolation) if "n_support" in settings else contextlib.nullcontext():
+            agent.learn(steps, callback=check)
+        false.extend(lies(of, agent.safe_set))
+        failures += bool(false)
+        assert agent.unsafe_visits == 0 or false  # danger is only met where something false was believed
+    return failures
+
+
+# Safety on the truth ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharing", ["pool", "best"])
+def test_the_safe_set_is_closed_free_of_danger_and_leads_home_in_truth_after_every_plan(sharing: str) -> None:
+    seeds = range(40)
+    assert runs_with_lies(random_world, seeds, 250, sharing=sharing, confidence="heuristic") <= binom.ppf(
+        0.999, len(seeds), 0.025
+    )
+
+
+@pytest.mark.slow
+def test_with_a_third_of_the_draws_the_same_test_finds_unsafe_pairs() -> None:
+    """The danger has probability tau, so that the proof is nearly used up; every pool is drawn from."""
+    settings = {"exploration": "undirected", "confidence": "heuristic"}
+    proof = ASE(hidden_danger(), **settings).knowledge.proof_draws
+    assert runs_with_lies(lambda _: hidden_danger(), range(40), 200, **settings) <= binom.ppf(0.999, 40, 0.025)
+    failures = runs_with_lies(lambda _: hidden_danger(), range(100), 100, **settings, n_support=proof // 3)
+    assert failures > binom.ppf(0.999, 100, 0.025)
+
+
+def test_with_too_few_draws_nothing_is_certified() -> None:
+    agent = ASE(hidden_danger(), n_support=3).learn(1)
+    assert not agent.certified
+    assert not agent.certificate().certified
+
+
+@pytest.mark.slow
+def test_grid_runs_keep_to_the_truth() -> None:
+    """Forty runs on a map of 5 x 5 home cells and a gap of lava."""
+    text = "\n".join(
+        ["l" * 13] * 2 + ["ll-sss-l--lll", "llsssssl---ll", "llssassl-g-ll", "llsssssl---ll", "ll-sss-l--lll"] + ["l" * 13] * 2
+    )
+
+    def make(_: int) -> World:
+        mdp, outcomes, safe = islands(text, slip=0.4)
+        return World(mdp, outcomes, safe, nearby(text), 0.2)
+
+    assert runs_with_lies(make, range(40), 600, confidence="heuristic") <= binom.ppf(0.999, 40, 0.025)
+
+
+# Optimality, and the traps on the way -----------------------------------------------------------------------------------------
+
+
+def test_what_is_followed_in_the_end_is_nearly_the_best_that_can_be_proven_safe() -> None:
+    seeds, far = range(16), 0
+    for seed in seeds:
+        of = random_world(seed)
+        agent = ASE(of, seed=seed, confidence="heuristic", beta=1.0).learn(900)
+        far += of.value(agent.greedy()) < of.best() - 0.03
+    assert far <= binom.ppf(0.999, len(seeds), 0.05)
+
+
+@pytest.mark.parametrize("kind", [ASE, UndirectedASE])
+@pytest.mark.parametrize("second_best", [0.0, 0.2])
+def test_a_way_out_that_cannot_be_learnt_yet_is_not_given_up(kind: type[ASE], second_best: float) -> None:
+    """Traps a and d: the best way is excluded for the time being, and only other exploration makes it learnable. By hand, the
+    value v of trying it until it works is 0.7 + 0.3 * 0.9 v."""
+    of = late_proof(second_best)
+    best = 0.7 / (1 - 0.27)
+    if second_best == 0:
+        assert of.best() == pytest.approx(best)
+    agent = kind(of, seed=0).learn(1500)
+    assert agent.mode == "goal"
+    assert of.value(agent.greedy()) == pytest.approx(of.best(), abs=1e-6)
+    assert agent.greedy()[0] == 1
+
+
+def test_the_end_of_an_episode_is_a_way_back_to_what_must_be_sampled() -> None:
+    """Trap b: waiting is free, and what must be sampled lies before it; the agent ends the episode to get there."""
+    of = one_draw_per_episode()
+    agent = ASE(of, seed=0)
+    states: list[int] = []
+    agent.learn(800, callback=lambda local, _: states.append(local["state"]) or True)
+    assert of.value(agent.greedy()) == pytest.approx(0.7 / (1 - 0.27), abs=1e-6)
+    waiting = np.isin(states, [1, 2])
+    longest = max(len(run) for run in "".join("w" if w else " " for w in waiting).split(" "))
+    assert longest < 60
+
+
+def test_a_start_region_that_leaks_is_shrunk_with_a_warning_and_nobody_dies() -> None:
+    """Trap c: corner cells of the start region own no safe action."""
+    text = "\n".join(
+        ["l" * 11] * 2 + ["ll" + "s" * 7 + "ll"] * 3 + ["ll" + "sssasss" + "ll"] + ["ll" + "s" * 7 + "ll"] * 3 + ["l" * 11] * 2
+    )
+    mdp, outcomes, closed = islands(text)
+    cells = np.array(list("".join(text.split())))
+    declared = np.isin(cells, ["s", "a"])[:, None] & outcomes.valid
+    assert closed.sum() < declared.sum()
+    of = World(mdp, outcomes, declared, nearby(text), 0.3)
+    with pytest.warns(UserWarning, match="leaks"):
+        agent = ASE(of, seed=0)
+    assert (agent.safe_set == closed).all()
+    agent.learn(600)
+    assert agent.unsafe_visits == 0
+    assert (agent.safe_set >= closed).all()
+
+
+def test_directed_exploration_samples_only_what_the_best_way_needs() -> None:
+    """Two ways out; the better one needs draws at state 0 only, so nothing is spent on state 1's pair (1, 1)."""
+    moves = {
+        **STAYS,
+        (0, 1): [(2, 0.7, 1.0, "end"), (0, 0.3, 0.0, "")],
+        (1, 1): [(1, 0.7, 0.0, ""), (0, 0.3, 0.0, "")],
+        (1, 2): [(2, 0.7, 0.2, "end"), (1, 0.3, 0.0, "")],
+    }
+    of = world(3, moves, [(0, 0), (1, 0), (1, 1)], [((0, 1), (0, 0)), ((1, 2), (1, 1))])
+    directed, undirected = ASE(of, seed=0).learn(400), UndirectedASE(of, seed=0).learn(400)
+    drawn = [agent.knowledge.visits.sum(1).reshape(3, 3)[1, 1] for agent in (directed, undirected)]
+    assert drawn[0] < directed.knowledge.n_support / 2  # some tries while nothing is known at all
+    assert drawn[0] < drawn[1]
+
+
+def test_a_goal_that_no_safe_policy_reaches_is_said_to_be_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """FrozenLake 4x4, slippery: four safe pairs, and no more can be learnt."""
+    env = gym.make("FrozenLake-v1", is_slippery=True)
+    agent = ASE(env, unsafe=_holes(env), safe_set="from_P", tau="from_P", seed=0, verbose=1)
+    assert agent.safe_set.sum() == 4
+    assert agent.mode == "stuck"
+    agent.learn(300)
+    assert agent.mode == "stuck"
+    assert agent.unsafe_visits == 0
+    assert "No safe policy reaches the goal" in capsys.readouterr().out
+    assert agent.certificate().value_lower == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "unsafe", "pairs", "value"),
+    [("FrozenLake8x8-v1", None, 57, 0.028441), ("CliffWalking-v1", Unsafe.reward_below(-50), 149, -9.733158)],
+)
+def test_toy_environments_reach_the_exact_safe_value(env_id: str, unsafe: Unsafe | None, pairs: int, value: float) -> None:
+    """Values from exact solutions of the tables at discount 0.95. The cliff is dangerous but ends nothing."""
+    env = gym.make(env_id)
+    agent = ASE(
+        env, unsafe=unsafe or _holes(env), safe_set="from_P", tau="from_P", gamma=0.95, confidence="heuristic", beta=0.1, seed=1
+    )
+    assert agent.safe_set.sum() == pairs
+    agent.learn(4000)
+    assert agent.unsafe_visits == 0
+    assert agent.mode == "goal"
+    truth = TabularMDP.from_gymnasium(env, 0.95)
+    assert truth.value(truth.evaluate(np.maximum(agent.greedy(), 0))) >= value - 0.003
+    assert truth.value(truth.evaluate(np.maximum(agent.greedy(), 0))) <= value + 1e-6
+
+
+def _holes(env: gym.Env[Any, Any]) -> Unsafe:
+    tiles = env.unwrapped.desc.ravel()  # type: ignore[attr-defined]
+    return Unsafe.states(np.flatnonzero(tiles == b"H"))
+
+
+@pytest.mark.slow
+def test_two_islands_are_crossed_safely_and_directed_is_quicker() -> None:
+    """The map of the specification: 490 pairs can be proven, and every run ends within 0.01 of the optimum."""
+    spent: dict[type[ASE], list[int]] = {ASE: [], UndirectedASE: []}
+    mdp, outcomes, safe = islands(TWO_ISLANDS)
+    of = World(mdp, outcomes, safe, nearby(), 0.3)
+    best = of.best()
+    for seed in range(4):
+        for kind, steps in spent.items():
+            agent = kind(of, seed=seed)
+            agent.learn(2200)
+            assert agent.unsafe_visits == 0
+            assert lies(of, agent.safe_set) == []
+            assert of.value(agent.greedy()) >= best - 0.01
+            steps.append(agent.planner.n_plans)
+    reachable = learnable_oracle(mdp, outcomes, safe, nearby(), 0.3)
+    assert reachable.sum() == 490
+
+
+# When the assumptions are false -----------------------------------------------------------------------------------------------
+
+
+def walled() -> World:
+    """State 1 is next to a wall: what slips at state 0 stays there, but is said to be like state 0."""
+    moves = {
+        (0, 0): [(1, 0.7, 0.0, ""), (0, 0.3, 0.0, "")],
+        (1, 0): [(0, 1.0, 0.0, "")],
+        (1, 1): [(2, 1.0, 1.0, "end")],
+    }
+    return world(3, moves, [(0, 0), (1, 0)], [((0, 0), (1, 0)), ((1, 1), (1, 0))], open_=False)
+
+
+def test_a_false_analogy_stops_learning_before_anything_happens() -> None:
+    agent = ASE(walled(), seed=0)
+    with pytest.raises(ModelViolation, match="behave alike"):
+        agent.learn(200)
+    assert agent.unsafe_visits == 0
+
+
+def test_retracting_goes_on_from_the_first_safe_set_without_a_guarantee() -> None:
+    of = walled()
+    agent = ASE(of, seed=0, on_violation="retract").learn(300)
+    assert not agent.certified
+    assert not agent.certificate().certified
+    assert agent.num_timesteps == 300
+    assert lies(of, agent.safe_set) == []
+
+
+def test_a_tau_that_is_too_large_is_noticed_once_the_outcome_shows() -> None:
+    of = hidden_danger(0.02)
+    of.mdp = None
+    with pytest.raises(ModelViolation, match="below tau"):
+        ASE(of, tau=0.5, seed=3, confidence="heuristic").learn(3000)
+
+
+def test_an_action_outside_the_safe_set_is_never_invented() -> None:
+    agent = ASE(late_proof(), seed=0)
+    with pytest.raises(UnsafeStateError, match="state 2"):
+        agent.predict(2)
+
+
+def test_what_is_not_declared_must_be_given() -> None:
+    of = late_proof()
+    of.safe_set, of.mdp = None, None  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="safe_set must be given"):
+        ASE(of)
+    of = late_proof()
+    of.tau = None  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="tau must be given"):
+        ASE(of)
+    with pytest.raises(ValueError, match="declare its outcomes"):
+        ASE(gym.make("CartPole-v1"))
+    with pytest.raises(ValueError, match="Discrete|outcomes"):
+        ASE("Blackjack-v1")
+
+
+def test_what_is_given_replaces_what_is_declared() -> None:
+    of = late_proof()
+    agent = ASE(
+        of, tau=0.2, gamma=0.5, analogy=Analogy.none(), safe_set=lambda s, a: s < 2 and a == 0, unsafe=Unsafe.states([2])
+    )
+    assert agent.knowledge.tau == 0.2
+    assert agent.outcomes.gamma == 0.5
+    assert agent.knowledge.analogy.members(0).tolist() == [0]
+    assert np.argwhere(agent.safe_set).tolist() == [[0, 0], [1, 0]]
+    assert agent.outcomes.dangerous[0, 2].tolist() == [True, False]
+
+
+def test_learning_stops_when_the_bounds_meet() -> None:
+    agent = ASE(late_proof(), seed=0, stop_on_gap=0.35).learn(20_000)
+    assert agent.num_timesteps < 20_000
+    gap = agent.certificate().value_gap
+    assert gap is not None
+    assert gap <= 0.35
+
+
+def test_two_worlds_of_one_size_share_nothing() -> None:
+    one, other = ASE(random_world(1), seed=0), ASE(random_world(2), seed=0)
+    one.learn(50)
+    assert not other.knowledge.counts.any()
+    assert (other.outcomes.successors != one.outcomes.successors).any()
