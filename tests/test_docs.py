@@ -75,6 +75,7 @@ def test_the_readme_example_runs_with_fewer_steps(tmp_path: Path, monkeypatch: p
         ("continuous_agent.py", "--episodes 4 --attacked 1 --workers 1", "certificate.json"),
         ("one_input.py", "--epochs 5 --n 1000", "step.json"),
         ("attack_and_harden.py", "--timesteps 1024 --episodes 2 --horizon 20", "hardened.json"),
+        ("shield.py", "--explore 1200 --train 1024", "certificate.json"),
     ],
 )
 def test_the_examples_run(
