@@ -160,7 +160,7 @@ class Beliefs:
         support, to = self.support.reshape(-1, n_slots), known.nodes.reshape(-1, n_slots)
         rewards, p = known.rewards.reshape(-1, n_slots), self.estimates.reshape(-1, n_slots)
         degree = support.sum(1)
-        half = np.where(degree == 1, 1.0, self.radii.ravel() / 2)  # one slot is certain, whatever is estimated
+        half = self.radii.ravel() / 2
         kind = 3 * degree + (half > 0) + (half >= 1)
         found = []
         for each in np.unique(kind[degree > 0]):

@@ -32,6 +32,8 @@ FORMS = [
     Analogy.none().on(world(3, 2)),
     Analogy.classes([[0, 1], [0, 2], [5, 1]]),
     Analogy.box((1, 3), 2, 1),
+    Analogy.box((2, 3), 1, 2),
+    Analogy.box((3, 2), 1, 1, terrain=np.array([0, 1, 1, 0, 0, 1])),
     Analogy.box((3, 1), 2, 1, terrain=np.array([0, 0, 1])),
     Analogy.sparse(EXAMPLE),
     Analogy.sparse(EXAMPLE).usable(0.2),
@@ -107,7 +109,7 @@ def test_only_distances_below_twice_tau_are_usable() -> None:
     assert analogy.usable(0.31, max_distance=0.2).members(4).tolist() == [4]
     assert analogy.usable(0.31, max_distance=0.2).members(1).tolist() == [0, 1, 2]  # at most is allowed to be equal
     assert analogy.usable(0.01).members(1).tolist() == [1, 2]  # exact ones always are
-    for exact in FORMS[:4]:
+    for exact in FORMS[:6]:
         assert exact.usable(0.01).members(0).tolist() == exact.members(0).tolist()
 
 

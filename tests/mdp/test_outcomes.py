@@ -83,7 +83,7 @@ def test_gymnasium_tables_are_merged() -> None:
 
 def test_a_state_that_is_entered_at_ends_only_owns_no_pair() -> None:
     """Unless an episode starts there, or nothing enters it at all."""
-    to, ends = np.array([[[1]], [[1]], [[2]]]), np.array([[[True]], [[True]], [[False]]])
+    to, ends = np.array([[[1]], [[1]], [[0]]]), np.array([[[True]], [[True]], [[False]]])
     mdp = TabularMDP(to, np.ones((3, 1, 1)), np.zeros((3, 1, 1)), ends)
     assert mdp.outcomes().valid.ravel().tolist() == [True, False, True]
     starting = TabularMDP(to, np.ones((3, 1, 1)), np.zeros((3, 1, 1)), ends, start=np.array([0.5, 0.5, 0]))
