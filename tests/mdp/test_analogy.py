@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.sparse import csr_array
+from scipy.sparse import coo_array, csr_array
 from worlds import islands, random_world
 
 from robustrl.mdp import Analogy, Outcomes
@@ -217,3 +217,16 @@ def test_two_maps_of_one_size_share_nothing() -> None:
     other = Analogy.box((2, 2), 1, 1, terrain=np.arange(4))
     assert one.members(0).tolist() == [0, 1, 2, 3]
     assert other.members(0).tolist() == [0]
+
+
+def test_slots_stay_with_their_claims_when_others_are_dropped() -> None:
+    turn = np.array([1, 2, 0])
+    swap = np.array([1, 0, 2])
+    entries = {(0, 1): 1.0, (1, 0): 1.0, (0, 2): 0.0, (2, 0): 0.0}
+    slots = np.stack([swap, swap, turn, np.argsort(turn)])
+    coo = coo_array((list(entries.values()), tuple(zip(*entries, strict=True))), shape=(3, 3))
+    analogy = Analogy.sparse(coo, slots)
+    for some in (analogy, analogy.usable(0.3)):
+        assert [some.align(0, 2, k) for k in range(3)] == [1, 2, 0]
+        assert [some.align(2, 0, k) for k in range(3)] == [2, 0, 1]
+    assert analogy.align(0, 1, 0) == 1
