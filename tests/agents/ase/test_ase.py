@@ -72,8 +72,8 @@ def test_with_a_third_of_the_draws_the_same_test_finds_unsafe_pairs() -> None:
     settings = {"exploration": "undirected", "confidence": "heuristic"}
     proof = ASE(hidden_danger(), **settings).knowledge.proof_draws
     assert runs_with_lies(lambda _: hidden_danger(), range(40), 200, **settings) <= binom.ppf(0.999, 40, 0.025)
-    failures = runs_with_lies(lambda _: hidden_danger(), range(100), 100, **settings, n_support=proof // 3)
-    assert failures > binom.ppf(0.999, 100, 0.025)
+    failures = runs_with_lies(lambda _: hidden_danger(), range(1000, 1200), 100, **settings, n_support=proof // 3)
+    assert failures > binom.ppf(0.999, 200, 0.025)
 
 
 def test_with_too_few_draws_nothing_is_certified() -> None:
