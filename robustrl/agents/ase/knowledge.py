@@ -196,32 +196,38 @@ class Knowledge:
         self.support[pools] = True  # what is possible is read through the candidates of each pair
         self._reaches.clear()
 
-    def beliefs(self, *, certain: bool = False) -> Beliefs:
+    def beliefs(self, *, certain: bool = False, among: Flags | None = None) -> Beliefs:
         """The laws that the draws allow.
 
         Args:
             certain: take the counted law of every known pair for the true one.
+            among: pairs to plan with, (S, A); default all that exist.
         """
         shape = self.outcomes.candidates.shape
-        estimates, draws, extra = self._laws()
-        support = self.possible.reshape(estimates.shape)
-        n_possible = support.sum(1)
-        radii = self._radii(draws, np.maximum(n_possible, 1), extra, self.known[self.pool_of])
+        pairs = np.flatnonzero(self.outcomes.valid if among is None else among)
+        laws, draws, extra = self._laws(pairs)
+        pools = self.pool_of[pairs]
+        possible = self.support[pools] & self.outcomes.candidates.reshape(-1, shape[2])[pairs]
+        n_possible, known = possible.sum(1), self.known[pools]
+        radius = self._radii(draws, n_possible, extra, known)
         if certain:
-            radii[self.known[self.pool_of]] = 0.0
+            radius[known] = 0.0
         if self.barred.any():
-            estimates = np.where(support, estimates, 0.0)
-            mass = estimates.sum(1, keepdims=True)
-            radii[mass[:, 0] == 0] = 2.0
-            estimates /= np.where(mass > 0, mass, 1)
+            laws = np.where(possible, laws, 0.0)
+            mass = laws.sum(1, keepdims=True)
+            radius[mass[:, 0] == 0] = 2.0
+            laws /= np.where(mass > 0, mass, 1)
         sure = n_possible == 1
-        estimates[sure], radii[sure] = support[sure], 0.0
-        return Beliefs(self.outcomes, estimates.reshape(shape), radii.reshape(shape[:2]), support.reshape(shape))
+        laws[sure], radius[sure] = possible[sure], 0.0
+        estimates, radii, support = np.zeros(shape), np.zeros(shape[:2]), np.zeros(shape, dtype=bool)
+        estimates.reshape(-1, shape[2])[pairs], support.reshape(-1, shape[2])[pairs] = laws, possible
+        radii.reshape(-1)[pairs] = radius
+        return Beliefs(self.outcomes, estimates, radii, support)
 
     def evidence(self, safe_set: Flags, policy: Integers) -> Evidence:
         """What was declared and drawn, for a certificate of the safe set that grew from `safe_set`, and of a policy."""
-        laws, draws, extra = self._laws()
-        shape = self.outcomes.candidates.shape
+        shape, pairs = self.outcomes.candidates.shape, np.arange(safe_set.size)
+        laws, draws, extra = self._laws(pairs)
         counts = np.rint(laws * draws[:, None]).astype(np.int64).reshape(shape) * self.outcomes.valid[..., None]
         return Evidence(self.outcomes, safe_set, counts, extra.reshape(shape[:2]), self.pool_of.reshape(shape[:2]), policy)
 
@@ -232,17 +238,17 @@ class Knowledge:
         guessed = l1_radius(draws, n_possible, failure, "heuristic", beta=self.beta)
         return np.minimum(np.where(known, guessed, l1_radius(draws, n_possible, failure)) + extra, 2.0)
 
-    def _laws(self) -> tuple[Floats, Integers, Floats]:
-        """Counted law (S A, K), draws behind it (S A,), and l1 distance that analogues may add (S A,)."""
+    def _laws(self, pairs: Integers) -> tuple[Floats, Integers, Floats]:
+        """Counted laws of n pairs (n, K), draws behind them (n,), and l1 distances that analogues may add (n,)."""
         if self.sharing == "pool":
-            totals = self.totals[self.pool_of]
-            some = np.maximum(totals, 1)
-            return self.counts[self.pool_of] / some[:, None], totals, self.transfer[self.pool_of] / some
+            pools = self.pool_of[pairs]
+            some = np.maximum(self.totals[pools], 1)
+            return self.counts[pools] / some[:, None], self.totals[pools], self.transfer[pools] / some
         readers, sources, l1, starts = self._links
         n_possible = np.maximum(self.possible.reshape(self.counts.shape).sum(1), 1)
         radii = self._radii(self.totals[sources], n_possible[readers], l1, self.known[readers])
         radii = radii - 1e-12 * (readers == sources)  # a tie goes to a pair's own draws
-        order = np.lexsort((radii, readers))[starts]
+        order = np.lexsort((radii, readers))[starts[pairs]]
         best, slots = sources[order], getattr(self.analogy, "slots", None)
         counts = self.counts[best]
         if slots is not None:

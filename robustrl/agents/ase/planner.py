@@ -187,7 +187,7 @@ class Planner:
         """
         gamma = max(self.knowledge.outcomes.gamma, 1 - 1 / self._depth)
         found = optimise(
-            self.knowledge.beliefs(certain=True), allowed=self.safe, rewards=towards.astype(float), restart=True, gamma=gamma,
+            self.knowledge.beliefs(certain=True, among=self.safe), allowed=self.safe, rewards=towards.astype(float), restart=True, gamma=gamma,
             initial=self._warm.get("steer"), tolerance=1e-4,
         )  # fmt: skip
         self._warm["steer"] = found.values
