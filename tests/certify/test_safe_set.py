@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from agents.ase.small import hidden_danger, late_proof, random_world
+from agents.ase.small import hidden_danger, late_proof, random_world, world
 from scipy.stats import binom
 
 from robustrl.agents.ase import ASE
 from robustrl.certify.safe_set import SafeSetCertificate
-from robustrl.certify.transitions import support_samples
+from robustrl.certify.transitions import l1_radius, support_samples
 from robustrl.errors import CertificateError
 
 
@@ -36,7 +36,7 @@ def test_it_states_what_the_agent_has_proven(agent: ASE, certificate: SafeSetCer
     assert certificate.value_upper is not None
     certificate.verify()
     assert "A2" in " ".join(certificate.not_covered)
-    assert f"{agent.safe_set.sum()} of 6" in certificate.table()
+    assert f"{agent.safe_set.sum()} of 7" in certificate.table()
     assert "95% with the values" in certificate.table()
 
 
@@ -68,6 +68,32 @@ def test_the_bounds_close_with_the_square_root_of_the_draws() -> None:
         widths.append(found.certificate().value_gap)
     assert 1.5 < widths[0] / widths[1] < 2.7
     assert 1.5 < widths[1] / widths[2] < 2.7
+
+
+@pytest.mark.parametrize("l1", [0.0, 0.2])
+def test_the_bounds_of_a_bandit_are_those_of_the_radius(l1: float) -> None:
+    """By hand: with probability q the episode ends and pays 1, else one tries again: V = q / (1 - 0.9 (1 - q)). The radius moves
+    half of itself, and what an analogue adds, from one outcome to the other."""
+    moves = {
+        (0, 0): [(2, 0.7, 1.0, "end"), (0, 0.3, 0.0, "")],
+        (0, 1): [(1, 0.5, 0.0, ""), (0, 0.5, 0.0, "")],
+        (1, 0): [(0, 0.6, 0.0, ""), (1, 0.4, 0.0, "")],
+    }
+    of = world(3, moves, [(0, 0), (0, 1), (1, 0)], [((0, 0), (1, 0))] if l1 else [], l1=l1)
+    found = ASE(of, seed=0)
+    for i in range(400):
+        found._observe(0, 0, int(i % 10 < 3), 0, False)
+        if l1:
+            found._observe(1, 0, int(i % 10 < 3), 0, False)
+    n, pools = (800, 3) if l1 else (400, 3)
+    moved = l1_radius(n, 2, 0.025 / pools) / 2 + l1 / 4  # half of the draws are the analogue's
+    certificate = found.certificate()
+    assert certificate.n_pools == pools
+    low, high = (q / (1 - 0.9 * (1 - q)) for q in (0.7 - moved, 0.7 + moved))
+    assert certificate.value_lower == pytest.approx(low, abs=1e-4)
+    assert certificate.value_upper == pytest.approx(high, abs=1e-4)
+    assert certificate.value_lower <= low
+    assert certificate.value_upper >= high
 
 
 def test_nothing_is_certified_with_too_few_draws_and_no_values_without_a_radius_that_holds() -> None:

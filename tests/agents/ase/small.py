@@ -123,13 +123,25 @@ def late_proof(second_best: float = 0.0) -> World:
     """The best way out (0, 1) can only be learnt at state 2, and nothing but curiosity, or a smaller prize, leads there."""
     moves = {
         **STAYS,
+        (1, 1): [(0, 0.7, 0.0, ""), (1, 0.3, 0.0, "")],
         (0, 1): [(3, 0.7, 1.0, "end"), (0, 0.3, 0.0, "")],
         (0, 2): [(2, 0.7, 0.0, ""), (0, 0.3, 0.0, "")],
         (2, 0): [(0, 0.7, second_best, ""), (2, 0.3, 0.0, "")],
         (2, 1): [(2, 0.7, 0.0, ""), (0, 0.3, 0.0, "")],
     }
-    alike = [((0, 2), (0, 0)), ((2, 0), (1, 0)), ((2, 1), (1, 0)), ((0, 1), (2, 1))]
-    return world(4, moves, [(0, 0), (1, 0)], alike)
+    alike = [((0, 2), (1, 1)), ((2, 0), (1, 0)), ((2, 1), (1, 0)), ((0, 1), (2, 1))]
+    return world(4, moves, [(0, 0), (1, 0), (1, 1)], alike)
+
+
+def proof_beyond_the_edge() -> World:
+    """The edge (0, 1) is learnt by walking about; that what comes after it is safe must be learnt at (1, 1), on purpose."""
+    moves = {
+        **STAYS,
+        (1, 1): [(0, 0.7, 0.0, ""), (1, 0.3, 0.0, "")],
+        (0, 1): [(2, 0.7, 0.0, ""), (0, 0.3, 0.0, "")],
+        (2, 0): [(3, 0.7, 1.0, "end"), (2, 0.3, 0.0, "")],
+    }
+    return world(4, moves, [(0, 0), (1, 0), (1, 1)], [((0, 1), (0, 0)), ((2, 0), (1, 1))])
 
 
 def one_draw_per_episode() -> World:

@@ -18,6 +18,7 @@ from agents.ase.small import (
     late_proof,
     lies,
     one_draw_per_episode,
+    proof_beyond_the_edge,
     random_world,
     world,
 )  # fmt: skip
@@ -121,6 +122,21 @@ def test_a_way_out_that_cannot_be_learnt_yet_is_not_given_up(kind: type[ASE], se
     assert agent.mode == "goal"
     assert of.value(agent.greedy()) == pytest.approx(of.best(), abs=1e-6)
     assert agent.greedy()[0] == 1
+
+
+@pytest.mark.parametrize("kind", [ASE, UndirectedASE])
+def test_a_known_edge_is_followed_to_what_is_not_known_behind_it(kind: type[ASE]) -> None:
+    """By hand: the goal is two steps away, each tried until it works."""
+    of = proof_beyond_the_edge()
+    agent = kind(of, seed=0).learn(600)
+    reach = 0.7 / (1 - 0.27)
+    assert of.value(agent.greedy()) == pytest.approx(0.9 * reach * reach, abs=1e-6)
+
+
+def test_outcomes_of_the_first_safe_set_are_cut_to_what_stays_in_it() -> None:
+    of = random_world(13)
+    assert of.outcomes.candidates[0, 0].tolist() == [True, True, True]  # the last one is lava
+    assert ASE(of).outcomes.candidates[0, 0].tolist() == [True, True, False]
 
 
 def test_the_end_of_an_episode_is_a_way_back_to_what_must_be_sampled() -> None:

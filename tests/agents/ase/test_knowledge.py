@@ -58,11 +58,11 @@ def test_a_pair_is_known_at_the_last_draw_that_the_proof_needs_and_not_before() 
     assert found.n_support == support_samples(of.tau, 0.025, found.n_pools)
     for i in range(found.n_support):
         assert not found.known_pairs.any()
-        learnt = found.record(0, 0, i % 2)
-    assert found.known_pairs[0, 0]
+        learnt = found.record(1, 1, i % 2)
+    assert found.known_pairs[1, 1]
     assert found.known_pairs[0, 2]  # its analogue
     assert not found.known_pairs[0, 1]
-    assert sorted(learnt.tolist()) == [0, 2]
+    assert sorted(learnt.tolist()) == [2, 4]
     assert found.possible[0, 2].tolist() == [True, True]
 
 
@@ -70,11 +70,11 @@ def test_what_a_known_pair_has_not_shown_is_impossible_from_then_on_and_a_contra
     of = late_proof()
     found = knowledge(of)
     for _ in range(found.n_support):
-        found.record(0, 0, 0)
-    assert found.possible[0, 0].tolist() == [True, False]
+        found.record(1, 1, 0)
+    assert found.possible[1, 1].tolist() == [True, False]
     before = found.counts.copy()
     with pytest.raises(ModelViolation, match="tau = 0.3"):
-        found.record(0, 0, 1)
+        found.record(1, 1, 1)
     with pytest.raises(ModelViolation, match="analogy is false"):
         found.record(0, 2, 1)
     assert (found.counts == before).all()
@@ -113,12 +113,12 @@ def test_the_best_analogue_alone_makes_a_pair_known() -> None:
     of = late_proof()
     best = knowledge(of, sharing="best")
     for i in range(best.n_support - 1):
-        best.record(0, 0, i % 2)
+        best.record(1, 1, i % 2)
         best.record(1, 0, i % 2)
     assert not best.known_pairs.any()
-    best.record(0, 0, 0)
-    assert np.argwhere(best.known_pairs).tolist() == [[0, 0], [0, 2]]
-    np.testing.assert_allclose(best.beliefs().estimates[0, 2], best.visits[0] / best.visits[0].sum())
+    best.record(1, 1, 0)
+    assert np.argwhere(best.known_pairs).tolist() == [[0, 2], [1, 1]]
+    np.testing.assert_allclose(best.beliefs().estimates[0, 2], best.visits[4] / best.visits[4].sum())
 
 
 def test_slots_are_aligned_where_analogues_order_them_differently() -> None:

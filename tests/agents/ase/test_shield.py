@@ -109,7 +109,7 @@ def test_a_hiding_place_without_a_common_action_is_avoided_or_refused() -> None:
     hidden[3, [0, 2]] = True
     assert (shield.robust_mask(hidden)[3] == (shield.safe[0] & shield.safe[2])).all()
     without = np.zeros_like(shield.safe)
-    without[2, 0] = True
+    without[2, 0] = without[1, 1] = True
     poor = SafeActionMask(of, shield.safe & ~without, outcomes=of.outcomes, support=shield.support)
     hidden[3] = [False, True, True, False]  # states 1 and 2 share nothing then: neither is visited, and (0, 1) leads to neither
     assert poor.robust_mask(hidden)[0].tolist() == [False, True, False]
