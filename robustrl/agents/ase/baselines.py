@@ -164,7 +164,7 @@ class QLearning(TabularAgent):
 
     Args:
         env, gamma, ...: as in `TabularAgent`.
-        learning_rate: of a pair's n-th draw, n ** -learning_rate, in (0.5, 1].
+        decay: the learning rate of a pair's n-th draw is n ** -decay, in (0.5, 1].
         exploration_fraction, exploration_initial_eps, exploration_final_eps: as in `EpsilonGreedy`.
     """
 

@@ -222,20 +222,18 @@ def _holes(env: gym.Env[Any, Any]) -> Unsafe:
 
 
 @pytest.mark.slow
-def test_two_islands_are_crossed_safely_and_directed_is_quicker() -> None:
+def test_two_islands_are_crossed_safely_and_nearly_optimally() -> None:
     """The map of the specification: 490 pairs can be proven, and every run ends within 0.01 of the optimum."""
-    spent: dict[type[ASE], list[int]] = {ASE: [], UndirectedASE: []}
     mdp, outcomes, safe = islands(TWO_ISLANDS)
     of = World(mdp, outcomes, safe, nearby(), 0.3)
     best = of.best()
     for seed in range(4):
-        for kind, steps in spent.items():
+        for kind in (ASE, UndirectedASE):
             agent = kind(of, seed=seed)
             agent.learn(2200)
             assert agent.unsafe_visits == 0
             assert lies(of, agent.safe_set) == []
             assert of.value(agent.greedy()) >= best - 0.01
-            steps.append(agent.planner.n_plans)
     reachable = learnable_oracle(mdp, outcomes, safe, nearby(), 0.3)
     assert reachable.sum() == 490
 
