@@ -119,7 +119,8 @@ class Certificate(ABC):
                 the message names the file and the field.
         """
         import robustrl.certify.episode
-        import robustrl.certify.radius  # noqa: F401  (both kinds register themselves)
+        import robustrl.certify.radius
+        import robustrl.certify.safe_set  # noqa: F401  (all kinds register themselves)
 
         document = read_document(path)
         source = os.fspath(path)
