@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gymnasium as gym
@@ -189,6 +189,40 @@ def test_the_actor_pushes_actions_where_the_director_points(norm: float, steps: 
         assert (cosine >= 0.95 * reachable - 1e-6).all()
     else:
         assert cosine.mean() > 0.9
+
+
+def test_the_director_points_in_half_ranges_of_the_actions() -> None:
+    """Two entries that move alike, one with a hundredfold range: where it should point, only the narrow one is far off."""
+    wide = spaces.Box(np.array([-1, -100], np.float32), np.array([1, 100], np.float32))
+    policy = PolicyView.from_torch(
+        Wide(torch.eye(2, dtype=torch.float64)), kind="deterministic", observation_shape=(2,), action_space=wide
+    )
+    frames, commands = torch.zeros(1, 2), torch.tensor([[-1.0, 1.0]])
+    context = situation(policy, frames, commands, 0.1, 2)
+    (delivered,) = ActionDirection(weight=10.0).follow(frames, context, context.allowance)
+    assert delivered[0] < -0.099  # the wide entry's change is a hundredth as large: nearly all goes into the narrow one
+    assert abs(delivered[1]) < 0.01
+
+
+def test_a_masked_command_still_fills_the_radius() -> None:
+    policy = PolicyView.from_torch(Wide(WEIGHTS), kind="logits", observation_shape=(11,))
+    frames, attackable = torch.zeros(1, 11), (torch.arange(11) < 2).float()
+    context = replace(situation(policy, frames, torch.ones(1, 11), 0.1, 2), attackable=attackable)
+    delivered = Perturbation().follow(frames, context, context.allowance)
+    assert row_norms(delivered.double(), 2).item() == pytest.approx(0.1, rel=1e-5)
+    assert not delivered[0, 2:].any()
+
+
+def test_an_adversary_that_still_learns_decides_as_it_acts() -> None:
+    """Layers that act otherwise in training, as dropout does, are switched before every decision."""
+    network = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+    space = spaces.Box(-1, 1, (4,), np.float32)
+    adversary = PolicyView.from_torch(network, kind="deterministic", observation_shape=(4,), action_space=space)
+    attack = LearnedAttack(adversary=adversary)
+    context = situation(BALANCER, torch.ones(1, 4), torch.zeros(1, 4), 0.1, 2)
+    decided = attack.decide(context)
+    network.train()
+    assert torch.equal(attack.decide(context), decided)
 
 
 def test_a_discrete_director_moves_probabilities_and_a_target_is_reached() -> None:

@@ -20,6 +20,7 @@ from toys import LinearRule, Steps
 import robustrl as rrl
 from robustrl.attacks import Attack, AttackContext, GradientAttack, Greedy, Margin, MinimalFlip, RandomNoise
 from robustrl.envs import AttackObservation, NoiseObservation, add_attack, add_noise, set_victim
+from robustrl.envs.attack_core import AttackCore
 from robustrl.envs.sb3 import VecAttack
 from robustrl.errors import ChainError
 from robustrl.policy import PolicyView
@@ -385,6 +386,37 @@ def test_another_attack_in_the_middle_of_an_episode_goes_on_with_its_ledger() ->
     assert info["attack"]["norm"] < 1e-2
 
 
+def test_another_attack_in_the_middle_of_an_episode_goes_on_with_its_time() -> None:
+    env = AttackObservation(gym.wrappers.TimeLimit(Steps(5), 5), RandomNoise(), ThreatModel(norm=2, episode=1.0), seed=0)
+    env.reset()
+    env.step(0)
+    env.core.use(RandomNoise("corner"))
+    _, _, _, _, info = env.step(0)
+    left = 1 - env.core.attacker.ledger.spent[0] ** 2 + info["attack"]["norm"] ** 2
+    assert info["attack"]["norm"] == pytest.approx(
+        math.sqrt(left / 3), rel=1e-4
+    )  # of five observations to act on, this is the third
+
+
+class Watching(Push):
+    """Keeps the stacks that it is told of."""
+
+    def perturb(self, frames: torch.Tensor, context: AttackContext) -> torch.Tensor:
+        stacks.append(context.seen_stack.clone())
+        return super().perturb(frames, context)
+
+
+stacks: list[torch.Tensor] = []
+
+
+def test_the_attacker_knows_what_it_delivered_before() -> None:
+    env = cartpole(attack=Watching(), victim=None, frame_stack=2, record_clean=True)
+    delivered, _ = env.reset(seed=0)
+    _, *_, info = env.step(0)
+    assert np.array_equal(stacks[-1][0, 0].numpy(), delivered)
+    assert np.array_equal(stacks[-1][0, 1].numpy(), info["clean_obs"])
+
+
 def test_environments_in_other_processes_can_be_attacked_too() -> None:
     venv = SubprocVecEnv([lambda: gym.make("CartPole-v1")], start_method="spawn")
     try:
@@ -417,6 +449,26 @@ def test_grey_levels_and_unit_intervals_are_told_apart() -> None:
     with pytest.raises(ValueError, match="units must be 'normalized'"):
         VecAttack(normalized, PGD, STEP, victim=CARTPOLE)
     VecAttack(normalized, PGD, ThreatModel(norm=2, step=1.0, units="normalized"), victim=CARTPOLE)
+
+
+def test_grey_levels_are_255ths_of_float_pictures() -> None:
+    space = spaces.Box(0, 1, (3, 6, 5), np.float32)
+    for units, step in (("uint8", 51.0), ("raw", 0.2), ("unit01", 0.2)):
+        core = AttackCore(
+            gym.make("CartPole-v1"), space, 1, Push(), ThreatModel(norm=math.inf, step=step, units=units), horizon=5
+        )
+        assert core.threat.step == pytest.approx(0.2)
+
+
+def test_an_even_allocation_spends_the_whole_budget_evenly_by_the_last_step() -> None:
+    env = cartpole(attack=RandomNoise("corner"), threat=ThreatModel(norm=2, episode=0.1), horizon=8, victim=None)
+    _, info = env.reset(seed=0)
+    norms = [info["attack"]["norm"]]
+    for t in range(7):
+        *_, info = env.step(t % 2)
+        norms.append(info["attack"]["norm"])
+    assert norms == pytest.approx([0.1 / math.sqrt(8)] * 8, rel=1e-4)
+    assert info["attack"]["budget_spent"] == pytest.approx(0.1, rel=1e-4)
 
 
 def test_the_right_order_is_enforced() -> None:
