@@ -98,8 +98,17 @@ class ThreatModel:
     def in_whole_levels(self) -> ThreatModel:
         """This threat for observations of integers, whose entries can only move by whole steps.
 
-        Norm inf: the radius is rounded down, with a warning where that changes it. Other norms stay as they are.
+        Norm inf: the radius is rounded down, with a warning where that changes it. Other norms stay as they are. A budget for less
+        than one step is warned of.
         """
+        least = min(limit for limit in (self.step, self.episode) if limit is not None)
+        if self.norm != 0 and self.scale is None and 0 < least < 1 - RELATIVE_SLACK:
+            warnings.warn(
+                f"a budget of {least:g} in norm {self.norm:g} is less than one whole level: nothing is attacked "
+                "(observations of integers, delivery='round' or 'greedy')",
+                stacklevel=2,
+            )
+            return replace(self, step=0.0) if self.norm == math.inf else self
         if self.norm != math.inf or self.step is None or self.step == math.inf or self.scale is not None:
             return self
         whole = float(math.floor(self.step * (1 + RELATIVE_SLACK)))
