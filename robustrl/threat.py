@@ -27,7 +27,7 @@ class ThreatModel:
     policy's weights too), but not the noise of this step, and delivers a perturbed observation.
 
     Args:
-        norm: 0, 1, 2 or inf.
+        norm: 0, 1, 2 or inf ("inf" will do).
         step: radius per step, ||e_t||_p <= step (norm 0: changed entries of one frame); None for no such limit.
         episode: budget of a whole episode, in every single run: sqrt(sum ||e_t||_2^2) for norm 2, sum ||e_t||_1 for
             norm 1, the number of altered frames for norm 0. Norm inf has no episode budget.
@@ -54,7 +54,9 @@ class ThreatModel:
     scale: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "norm", check_choice("norm", self.norm, (0, 1, 2, math.inf)))
+        given: object = self.norm
+        norm = math.inf if isinstance(given, str) and given == "inf" else given
+        object.__setattr__(self, "norm", check_choice("norm", norm, (0, 1, 2, math.inf)))
         check_choice("units", self.units, ("raw", "normalized", "unit01", "uint8"))
         for name in ("step", "episode"):
             value = getattr(self, name)
@@ -165,9 +167,8 @@ class ThreatModel:
         """
         fields = dict(data)
         try:
-            norm = fields.pop("norm")
             fields |= {"mask": None if fields["mask"] is None else tuple(fields["mask"])}
-            return cls(math.inf if norm == "inf" else norm, **fields)
+            return cls(**fields)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a threat model: {error}") from None
 
