@@ -191,3 +191,12 @@ def test_what_cannot_be_attacked_is_refused_with_a_hint(ppo: PPO) -> None:
         AttackedAgent(ppo, GradientAttack(Margin()), STEP).predict(np.zeros(3, np.float32))
     with pytest.raises(TypeError, match="attack must be"):
         AttackedAgent(ppo, "pgd", STEP)  # type: ignore[arg-type]
+
+
+def test_units_of_an_attacked_agent_are_those_of_its_observations() -> None:
+    model = PPO("MlpPolicy", "CartPole-v1", device="cpu", seed=0)
+    threat = rrl.ThreatModel(norm=math.inf, step=4, units="uint8")
+    with pytest.raises(
+        ValueError, match=r"threat\.units must be 'raw' here, got 'uint8': give its radii in the units of the observations"
+    ):
+        AttackedAgent(model, rrl.attacks.RandomNoise(), threat)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -23,6 +24,7 @@ from robustrl.attacks.learned import LearnedAttack
 from robustrl.envs import AdversaryEnv, AdversaryVecEnv, EnvRecipe
 from robustrl.policy import PolicyView
 from robustrl.threat import ThreatModel
+from robustrl.training.adversary import train_adversary
 
 BALANCER = PolicyView.from_torch(
     LinearRule(torch.tensor([0.3, 0.5, 2.0, 1.0], dtype=torch.float64)), kind="q", observation_shape=(4,)
@@ -415,3 +417,13 @@ def test_victims_act_within_their_space_and_sample_where_asked() -> None:
         many = AdversaryVecEnv(CARTPOLE, coin, STEP, n_envs=16, deterministic=deterministic, seed=0)
         many.reset()
         assert len(set(many._duel.respond(np.zeros((16, 4), np.float32)).tolist())) == (1 if deterministic else 2)
+
+
+def test_a_trained_adversary_is_kept_under_a_path_of_any_kind(tmp_path: Path) -> None:
+    common: dict[str, Any] = {"timesteps": 16, "n_envs": 2, "n_steps": 8, "batch_size": 16}
+    attacks = [
+        train_adversary(BALANCER, CARTPOLE, STEP, path=path, **common)
+        for path in (str(tmp_path / "adversary.zip"), tmp_path / "adversary.zip")
+    ]
+    assert attacks[0].to_dict() == attacks[1].to_dict()
+    assert {file.name for file in tmp_path.iterdir()} == {"adversary.zip", "adversary.json"}
