@@ -275,7 +275,9 @@ def _horizon(env: Any) -> int | None:
 def _check_stack(env: Any, frame: spaces.Box, told: int) -> None:
     """Raise ChainError if a chain stacks another number of frames than the attack inside was told."""
     stack = next((layer for layer in reversed(layers_of(env, partly=True)) if layer.role == "frame_stack"), None)
-    if stack is None or (count := math.prod(stack.space.shape or ()) // math.prod(frame.shape)) == told:
+    if stack is None or stack.space.shape is None:  # a dictionary's stack is refused with the model
+        return
+    if (count := math.prod(stack.space.shape) // math.prod(frame.shape)) == told:
         return
     padding = "zero" if type(stack.env).__name__ == "VecFrameStack" else "reset"
     raise ChainError(

@@ -712,3 +712,10 @@ def test_frames_stacked_outside_must_be_told_to_the_attack() -> None:
     )
     with pytest.raises(ChainError, match=r'add_attack\(\.\.\., frame_stack=2, stack_padding="reset"\)'):
         set_victim(alone, pair)
+
+
+def test_stacked_dictionaries_are_refused_as_such() -> None:
+    env = VecFrameStack(add_attack(DummyVecEnv([Two]), PGD, STEP), 2)
+    model = PPO("MultiInputPolicy", env, n_steps=8, batch_size=8, device="cpu")
+    with pytest.raises(ValueError, match="the model takes 'a' of shape"):
+        set_victim(env, model)
