@@ -104,7 +104,7 @@ class ThreatModel:
         than one step is warned of.
         """
         least = min(limit for limit in (self.step, self.episode) if limit is not None)
-        if self.norm != 0 and self.scale is None and 0 < least < 1 - RELATIVE_SLACK:
+        if self.scale is None and 0 < least < 1 - RELATIVE_SLACK:
             warnings.warn(
                 f"a budget of {least:g} in norm {self.norm:g} is less than one whole level: nothing is attacked "
                 "(observations of integers, delivery='round' or 'greedy')",

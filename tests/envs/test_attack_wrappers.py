@@ -640,6 +640,11 @@ def test_byte_pictures_stay_bytes_in_a_vector_environment_for_learners() -> None
     set_victim(env, model)
     model.learn(16)
     assert env.core.attacker.ledger.spent == pytest.approx(4)
+    spread = ThreatModel(2, step=3)  # over 30 entries: rounding takes all of it
+    for delivery, norm in ((None, 0), ("round", 0), ("greedy", 3)):
+        even = rrl.make_vec_env(Pictures, max_episode_steps=5, attack=Push(), threat=spread, delivery=delivery)
+        even.reset()
+        assert even.core.attacker.norms == pytest.approx(norm)
     floats = rrl.make_vec_env(Pixels, max_episode_steps=20, attack=PGD, threat=threat, delivery="float")
     assert floats.observation_space.dtype == np.float32
 
@@ -648,7 +653,12 @@ def test_byte_pictures_stay_bytes_in_a_vector_environment_for_learners() -> None
 @pytest.mark.parametrize("threat", [ThreatModel(2, step=0.9), ThreatModel(1, episode=0.5), ThreatModel(math.inf, step=0.5)])
 def test_a_budget_below_a_grey_level_is_warned_of(threat: ThreatModel, delivery: Any) -> None:
     with pytest.warns(UserWarning, match="less than one whole level: nothing is attacked"):
-        add_attack(gym.wrappers.TimeLimit(Pictures(), 5), Push(), threat, delivery=delivery)
+        env = add_attack(gym.wrappers.TimeLimit(Pictures(), 5), Push(), threat, delivery=delivery)
+    env.reset(seed=0)
+    *_, info = env.step(0)
+    assert info["attack"]["norm"] == 0
+    if threat.norm == math.inf:
+        assert info["attack"]["eps_t"] == 0
 
 
 def test_whole_levels_are_not_warned_of() -> None:

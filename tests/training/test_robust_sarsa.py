@@ -143,3 +143,4 @@ def test_progress_is_shown_of_data_and_of_fitting(capsys: pytest.CaptureFixture[
     shown = capsys.readouterr().out
     assert "robust sarsa: data" in shown
     assert "robust sarsa: fit" in shown
+    assert " 2/2 " in shown
