@@ -32,11 +32,12 @@ from robustrl.options import (
     Target,
     Trust,
     Workers,
+    default_attack,
     describe_run,
     engine_suffix,
     make_attack,
     make_executor,
-    make_threat,
+    make_threats,
     open_model,
     parse_budgets,
     parse_noise,
@@ -99,7 +100,8 @@ def train(
         str | None,
         typer.Option(
             "--attack",
-            help="Train against an attack on every step within --epsilon: its name, or learned (ATLA: a rival that learns too).",
+            help="Train any algorithm against an attack on every step within --epsilon: a name as for robustrl attack, or learned "
+            "(ATLA: a rival that learns too; ppo, a2c, recurrent_ppo and sa-ppo).",
         ),
     ] = None,
     epsilon: Annotated[
@@ -107,7 +109,10 @@ def train(
         typer.Option(help="sa-ppo, sa-dqn, --attack: radius per step, in units of the (normalised) observations."),
     ] = None,
     kappa: Annotated[float | None, typer.Option(help="sa-ppo, sa-dqn: weight of the robustness term.")] = None,
-    norm: Annotated[str | None, typer.Option(help="sa-ppo, sa-dqn, --attack: inf (the default), 2 or 1.")] = None,
+    norm: Annotated[
+        str | None,
+        typer.Option(help="sa-ppo, sa-dqn, --attack: norm of --epsilon, inf (the default), 2 or 1; --attack also 0."),
+    ] = None,
     loss: Annotated[
         str | None,
         typer.Option(help="sa-ppo, sa-dqn: sgld or pgd (gradient ascent), ibp (an upper bound), or radial."),
@@ -144,7 +149,9 @@ def train(
         progress_bar=True,
         verbose=verbose,
     )
-    print(f"trained {algo} on {recipe.label}, noise {recipe.noise}: {out / 'model.zip'}")
+    against = {"attack": attack_name, "epsilon": epsilon, "norm": norm}
+    told = "".join(f", {name} {value}" for name, value in against.items() if value is not None)
+    print(f"trained {algo} on {recipe.label}, noise {recipe.noise}{told}: {out / 'model.zip'}")
     if recipe.noise is not None:
         print(f"next: robustrl certify {out}")
 
@@ -306,19 +313,25 @@ def certify(
 def attack(
     target: Target,
     budget: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--budget",
             "--budgets",
-            help="Episode budget(s) (radius per step for norm inf), LOW:HIGH:COUNT or numbers separated by commas.",
+            help="Episode budget(s) (radius per step for norm inf), LOW:HIGH:COUNT or numbers separated by commas; default 0.6, or none "
+            "with --epsilon.",
         ),
-    ] = "0.6",
+    ] = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(help="Radius per step in any norm, without --budget or on top of it (norm 0: entries of a frame)."),
+    ] = None,
     attack_name: Annotated[
         str | None,
         typer.Option(
             "--attack",
-            help="pgd (the paper's), flip (minimal-norm flips) or margin for discrete actions; mad (largest change of the action) or "
-            "critic (lowest value) for any; default pgd, or mad for continuous actions.",
+            help="For discrete actions pgd (the paper's), flip (minimal-norm flips), margin or fgsm; mad (largest change of the action) or "
+            "critic (lowest value) for any; square (by answers alone), random (noise) and more: docs/methods/attacks.md, "
+            "robustrl.attacks.ATTACKS. Default pgd, or mad for continuous actions.",
         ),
     ] = None,
     suite: Annotated[
@@ -330,7 +343,7 @@ def attack(
     adversary_timesteps: Annotated[
         int, typer.Option(help="--suite strong: training steps of each adversary, 0 for none.")
     ] = 100_000,
-    norm: Annotated[str, typer.Option(help="Norm of the budget: 2, 1 or inf.")] = "2",
+    norm: Annotated[str, typer.Option(help="Norm of the budget: 2, 1, 0 (altered frames) or inf.")] = "2",
     threshold: Annotated[
         float | None, typer.Option(help="pgd and flip: attack only towards actions whose score is this much lower.")
     ] = None,
@@ -359,7 +372,12 @@ def attack(
     policy_kwargs: PolicyKwargs = None,
     trust: Trust = False,
 ) -> None:
-    """Attack a policy adaptively with a whole-episode budget, and compare with its certificate if there is one."""
+    """Attack a policy adaptively, with a budget for the episode, a radius per step (--norm inf, --epsilon) or both.
+
+    Compares with its certificate if there is one.
+    """
+    from dataclasses import replace
+
     from robustrl.api import attack_policy
     from robustrl.certify.episode import EpisodeCertificate
     from robustrl.envs.units import frame_units
@@ -380,7 +398,8 @@ def attack(
     folder = out or (target if target.is_dir() else Path("runs") / target.stem)
     if suite is not None and (attack_name, threshold, draws) != (None, None, None):
         raise ValueError("--suite has attacks of its own: leave out --attack, --threshold and --draws")
-    attacker, path = make_attack(attack_name, recipe, threshold, draws), folder / "certificate.json"
+    label = attack_name or default_attack(recipe)
+    attacker, path = make_attack(label, threshold, draws), folder / "certificate.json"
     certificate = EpisodeCertificate.load(path) if path.exists() else None
     if certificate is not None and certificate.statistic == "quantile":
         certificate = None
@@ -398,26 +417,29 @@ def attack(
             "executor": executor,
             "engine": engine,
         }
-        threats = {float(b): make_threat(norm, float(b), frame_units(recipe)) for b in parse_budgets(budget)}
+        threats = make_threats(norm, budget, epsilon, frame_units(recipe))
         chunks = folder / "chunks"
         if suite is None:
             reports = [
-                attack_policy(
-                    *(model, recipe, attacker, threat, episodes),
-                    **settings,
-                    out=chunks / f"attack-{name}-{b:.12g}-seed{seed}{kind}",
-                    progress_bar=True,
+                replace(
+                    attack_policy(
+                        *(model, recipe, attacker, threat, episodes),
+                        **settings,
+                        out=chunks / f"attack-{name}-{limit}-seed{seed}{kind}",
+                        progress_bar=True,
+                    ),
+                    label=label,
                 )
-                for b, threat in threats.items()
+                for limit, threat in threats.items()
             ]
         else:
             reports = []
-            for b, threat in threats.items():
+            for limit, threat in threats.items():
                 reports += attack_suite(
                     *(model, recipe, [threat], suite, episodes),
                     **settings,
                     adversary_timesteps=adversary_timesteps,
-                    out=chunks / f"suite-norm{norm}-{b:.12g}-seed{seed}{kind}",
+                    out=chunks / f"suite-norm{norm}-{limit}-seed{seed}{kind}",
                     on_report=lambda report: print(f"budget {report.budget:g}  {report.name}: {report.mean:.6g}", flush=True),
                     on_skip=lambda label, reason: print(f"  left out: {label} ({reason})", flush=True),
                 )

@@ -47,6 +47,12 @@ def _refuse(name: str, value: object, allowed: str) -> ValueError:
     return ValueError(f"{name} must be {allowed}, got {text if len(text) <= 120 else text[:117] + '...'}")
 
 
+def with_type(value: object) -> str:
+    """A value and where its class is from, for messages: two of the package's rooms have classes of one name."""
+    kind = type(value)
+    return f"{value!r} of type {kind.__module__}.{kind.__qualname__}".replace("of type builtins.", "of type ")
+
+
 def check_real(name: str, value: Any, *, allowed: str = "a finite real number", infinite: bool = False) -> float:
     """Return `value` as a float; refuse booleans, NaN and (unless `infinite`) infinities."""
     if isinstance(value, np.ndarray) and value.ndim == 0:

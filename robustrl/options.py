@@ -102,11 +102,20 @@ def engine_suffix(engine: str) -> str:
     return "" if engine == "auto" else f"-{engine}"
 
 
-def make_threat(norm: str, budget: float, units: Any) -> Any:
+def make_threats(norm: str, budgets: str | None, epsilon: float | None, units: Any) -> dict[str, Any]:
+    """Threat models by what tells their folders apart: one per budget, all with the radius per step, or the radius alone."""
     from robustrl.threat import ThreatModel
 
     p = parse_number("--norm", norm)
-    return ThreatModel(p, step=budget, units=units) if p == math.inf else ThreatModel(p, episode=budget, units=units)
+    if p == math.inf and None not in (budgets, epsilon):
+        raise ValueError("--budget and --epsilon are both the radius per step for norm inf: leave one out")
+    if budgets is None and epsilon is not None:
+        return {f"epsilon{epsilon:.12g}": ThreatModel(p, step=epsilon, units=units)}
+    apart = "" if epsilon is None else f"-epsilon{epsilon:.12g}"
+    return {
+        f"{b:.12g}{apart}": ThreatModel(p, b if p == math.inf else epsilon, None if p == math.inf else b, units)
+        for b in parse_budgets("0.6" if budgets is None else budgets)
+    }
 
 
 def parse_noise(sigma: float | None, text: str | None) -> Noise | None:
@@ -170,12 +179,15 @@ def parse_object(option: str, text: str | None) -> Any:
     return value
 
 
-def make_attack(name: str | None, recipe: Any, threshold: float | None, draws: int | None) -> Any:
+def default_attack(recipe: Any) -> str:
     from gymnasium.spaces import Discrete
 
+    return "pgd" if isinstance(recipe.action_space, Discrete) else "mad"
+
+
+def make_attack(name: str, threshold: float | None = None, draws: int | None = None) -> Any:
     from robustrl.attacks import ATTACKS
 
-    name = name or ("pgd" if isinstance(recipe.action_space, Discrete) else "mad")
     if name not in ATTACKS:
         raise ValueError(f"--attack must be one of {', '.join(ATTACKS)}, got {name!r}")
     settings = {"threshold": threshold, "draws": draws}
@@ -201,7 +213,7 @@ def parse_training_attack(
     learns = preset_for(recipe.env_id).normalize if normalize is None else normalize
     units = "normalized" if learns and recipe.normalization is None else frame_units(recipe)
     threat = ThreatModel(parse_number("--norm", norm or "inf"), step=epsilon, units=units)
-    return {"attack": name if name == "learned" else make_attack(name, recipe, None, None), "threat": threat}
+    return {"attack": name if name == "learned" else make_attack(name), "threat": threat}
 
 
 def describe_run(target: Path, recipe: Any) -> dict[str, Any]:

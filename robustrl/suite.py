@@ -60,7 +60,7 @@ STRONG: dict[str, Callable[[], Attack]] = {
 def attack_suite(
     model: Any,
     env: Any,
-    threats: Sequence[ThreatModel],
+    threats: ThreatModel | Sequence[ThreatModel],
     suite: str = "fast",
     episodes: int = 50,
     *,
@@ -79,7 +79,7 @@ def attack_suite(
     Args:
         model: SB3 model or `PolicyView`.
         env: as for `attack_policy`.
-        threats: budgets.
+        threats: budget or budgets.
         suite: "fast" or "strong".
         episodes: per attack and budget; the same environment seeds for all.
         adversary_timesteps: training of each learned attacker (at most 61,440 for the critic's data); 0 leaves them out.
@@ -93,12 +93,15 @@ def attack_suite(
     """
     check_choice("suite", suite, ("fast", "strong"))
     check_count("adversary_timesteps", adversary_timesteps, least=0)
+    several = [threats] if isinstance(threats, ThreatModel) else threats
+    if not isinstance(several, Sequence) or not all(isinstance(threat, ThreatModel) for threat in several):
+        raise TypeError(f"threats must be a ThreatModel or several, got {threats!r}")
     recipe = EnvRecipe.of(env, **{name: options.pop(name) for name in _RECIPE if name in options})
     view, found = recipe.view(model), []
     home = None if out is None else Path(out)
     trained = suite == "strong" and adversary_timesteps > 0
     watched = _watched(model, recipe, min(61_440, adversary_timesteps)) if trained else {}
-    for number, threat in enumerate(threats):
+    for number, threat in enumerate(several):
         makers = {**(FAST if suite == "fast" else STRONG), **watched}
         if trained:
             place = None if home is None else home / f"budget{number}"

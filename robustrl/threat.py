@@ -27,7 +27,7 @@ class ThreatModel:
     policy's weights too), but not the noise of this step, and delivers a perturbed observation.
 
     Args:
-        norm: 0, 1, 2 or inf.
+        norm: 0, 1, 2 or inf ("inf" will do).
         step: radius per step, ||e_t||_p <= step (norm 0: changed entries of one frame); None for no such limit.
         episode: budget of a whole episode, in every single run: sqrt(sum ||e_t||_2^2) for norm 2, sum ||e_t||_1 for
             norm 1, the number of altered frames for norm 0. Norm inf has no episode budget.
@@ -54,7 +54,9 @@ class ThreatModel:
     scale: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "norm", check_choice("norm", self.norm, (0, 1, 2, math.inf)))
+        given: object = self.norm
+        norm = math.inf if isinstance(given, str) and given == "inf" else given
+        object.__setattr__(self, "norm", check_choice("norm", norm, (0, 1, 2, math.inf)))
         check_choice("units", self.units, ("raw", "normalized", "unit01", "uint8"))
         for name in ("step", "episode"):
             value = getattr(self, name)
@@ -98,8 +100,17 @@ class ThreatModel:
     def in_whole_levels(self) -> ThreatModel:
         """This threat for observations of integers, whose entries can only move by whole steps.
 
-        Norm inf: the radius is rounded down, with a warning where that changes it. Other norms stay as they are.
+        Norm inf: the radius is rounded down, with a warning where that changes it. Other norms stay as they are. A budget for less
+        than one step is warned of.
         """
+        least = min(limit for limit in (self.step, self.episode) if limit is not None)
+        if self.scale is None and 0 < least < 1 - RELATIVE_SLACK:
+            warnings.warn(
+                f"a budget of {least:g} in norm {self.norm:g} is less than one whole level: nothing is attacked "
+                "(observations of integers, delivery='round' or 'greedy')",
+                stacklevel=2,
+            )
+            return replace(self, step=0.0) if self.norm == math.inf else self
         if self.norm != math.inf or self.step is None or self.step == math.inf or self.scale is not None:
             return self
         whole = float(math.floor(self.step * (1 + RELATIVE_SLACK)))
@@ -156,9 +167,8 @@ class ThreatModel:
         """
         fields = dict(data)
         try:
-            norm = fields.pop("norm")
             fields |= {"mask": None if fields["mask"] is None else tuple(fields["mask"])}
-            return cls(math.inf if norm == "inf" else norm, **fields)
+            return cls(**fields)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a threat model: {error}") from None
 

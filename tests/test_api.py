@@ -12,9 +12,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from scipy.stats import beta
 from stable_baselines3 import PPO
-from toys import NothingToDo, Steps, balancer, network_balancer
+from toys import NothingToDo, Pixels, Steps, balancer, network_balancer
 
 import robustrl as rrl
 from robustrl.api import attack_policy, certify_policy
@@ -544,3 +545,22 @@ def test_other_kinds_of_certificates_have_no_episodes() -> None:
 
 def test_versions_name_what_bits_depend_on() -> None:
     assert {"torch", "numpy", "robustrl", "python", "machine", "cpu"} <= set(executor.build())
+
+
+@pytest.mark.parametrize("units", ["raw", "uint8"])
+def test_byte_pictures_are_refused_with_what_to_do(units: Any) -> None:
+    """Whatever the units, the first thing to be told is that bytes have to become floats."""
+    model = PPO("CnnPolicy", Pixels(), n_steps=8, device="cpu", seed=0)
+    recipe = rrl.EnvRecipe(factory=Pixels, max_episode_steps=3)
+    threat = rrl.ThreatModel(norm=math.inf, step=4, units=units)
+    attack = rrl.attacks.GradientAttack(rrl.attacks.Margin())
+    with pytest.raises(ValueError, match=r"needs float observations, but Pixels gives uint8.*wrapper.*docs/agents\.md"):
+        rrl.attack_policy(model, recipe, attack, threat, 2)
+
+    def unit_pixels(env: Any) -> Any:
+        space = spaces.Box(0, 1, env.observation_space.shape, np.float32)
+        return gym.wrappers.TransformObservation(env, lambda o: o.astype(np.float32) / 255, space)
+
+    floats = replace(recipe, wrappers=(unit_pixels,))
+    report = rrl.attack_policy(model, floats, attack, replace(threat, units="uint8"), 1)
+    assert 0 < report.spent.max() <= 4 / 255 * (1 + 1e-6)

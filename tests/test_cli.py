@@ -92,7 +92,7 @@ def test_a_run_directory_goes_through_all_commands(robustrl: Run, run_directory:
     reports = load_reports(run_directory / "attack.json")
     assert [report.budget for report in reports] == [0.1, 0.2]
     assert [report.certified for report in reports] == certificate.values[1:].tolist()
-    assert "MinimalFlip" in attacked.out
+    assert "\nflip  " in attacked.out
 
     verified = robustrl("verify", run_directory / "certificate.json", "--replay", 3)
     assert verified.status == 0, verified.err
@@ -205,6 +205,72 @@ def test_an_agent_is_trained_against_attackers_and_certified_as_a_plain_one(robu
     stated = {"epsilon": 0.05, "kappa": 0.3, "norm": "2", "loss": "ibp", "n_steps": 16}
     assert run["hyperparameters"].items() >= stated.items()
     assert robustrl("certify", folder, *CERTIFY).status == 0
+
+
+UNDEFENDED = ("--env", "CartPole-v1", "--max-episode-steps", 20, "--episodes", 2)
+
+
+def test_a_report_of_one_attack_is_labelled_by_its_name(robustrl: Run, plain_zip: Path, tmp_path: Path) -> None:
+    for words, name in ((("--attack", "square"), "square"), (("--attack", "fgsm"), "fgsm"), ((), "pgd")):
+        done = robustrl("attack", plain_zip, *UNDEFENDED, "--budget", 0.2, *words)
+        assert done.status == 0, done.err
+        assert f"\n{name}  " in done.out
+        assert [report.name for report in load_reports(tmp_path / "runs" / "agent" / "attack.json")] == [name]
+
+
+@pytest.mark.parametrize(
+    ("words", "limits"),
+    [
+        (("--norm", 2, "--epsilon", 0.05), [(0.05, None)]),
+        (("--norm", 1, "--epsilon", 0.05, "--budget", "0.1,0.2"), [(0.05, 0.1), (0.05, 0.2)]),
+        (("--norm", "inf", "--epsilon", 0.05), [(0.05, None)]),
+        (("--norm", "inf", "--budget", 0.1), [(0.1, None)]),
+        ((), [(None, 0.6)]),
+    ],
+)
+def test_budgets_limit_episodes_and_epsilon_limits_steps(
+    robustrl: Run, plain_zip: Path, tmp_path: Path, words: tuple[Any, ...], limits: list[Any]
+) -> None:
+    done = robustrl("attack", plain_zip, *UNDEFENDED, "--attack", "margin", *words)
+    assert done.status == 0, done.err
+    found = load_reports(tmp_path / "runs" / "agent" / "attack.json")
+    assert [(report.threat["step"], report.threat["episode"]) for report in found] == limits
+    assert all(report.spent.max() > 0 for report in found)
+
+
+def test_runs_that_differ_in_epsilon_share_no_chunks(robustrl: Run, plain_zip: Path, tmp_path: Path) -> None:
+    for words in (("--epsilon", 0.05), ("--epsilon", 0.1), ("--epsilon", 0.1, "--budget", 0.2), ("--budget", 0.2)):
+        done = robustrl("attack", plain_zip, *UNDEFENDED, "--attack", "margin", *words)
+        assert done.status == 0, done.err
+    assert len(list((tmp_path / "runs" / "agent" / "chunks").iterdir())) == 4
+
+
+def test_training_says_what_it_trained_against(robustrl: Run, tmp_path: Path) -> None:
+    quick = ("--timesteps", 32, "--n-envs", 1, "--hyperparameters", '{"n_steps": 16, "batch_size": 16}')
+    words = ("--env", "CartPole-v1", "--attack", "fgsm", "--epsilon", 0.05, "--norm", 2, "--out", tmp_path / "run")
+    assert "attack fgsm, epsilon 0.05, norm 2: " in robustrl("train", *words, *quick).out
+
+
+def test_a_folder_with_a_model_of_another_kind_names_the_file_to_give(robustrl: Run, plain_zip: Path, tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    shutil.copy(plain_zip, tmp_path / "best" / "model.zip")
+    for words in ((), UNDEFENDED):
+        done = robustrl("attack", tmp_path / "best", *words)
+        assert done.status == 2
+        assert f"it has no run.json; for the model alone give {tmp_path / 'best' / 'model.zip'}" in done.err
+    assert robustrl("attack", tmp_path / "best" / "model.zip", *UNDEFENDED).status == 0
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "robustrl", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("robustrl ")
+
+
+def test_help_names_norms_and_where_all_attacks_are(robustrl: Run) -> None:
+    text = " ".join(robustrl("attack", "--help").out.replace("│", " ").split())
+    for words in ("docs/methods/attacks.md", "square", "fgsm", "Norm of the budget: 2, 1, 0", "Radius per step"):
+        assert words in text
 
 
 def test_finished_chunks_are_not_run_again(robustrl: Run, run_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +419,7 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "train with hyperparameters that are no JSON": ((*TRAIN, "--hyperparameters", "{", "--out", "HERE/new"), "--hyperparameters must be a JSON object"),
     "train with a list of hyperparameters": ((*TRAIN, "--hyperparameters", "[1]", "--out", "HERE/new"), "--hyperparameters must be a JSON object"),
-    "train with an epsilon that nothing needs": ((*TRAIN, "--epsilon", 0.1, "--out", "HERE/new"), "epsilon belong to sa_ppo and sa_dqn"),
+    "train with an epsilon that nothing needs": ((*TRAIN, "--epsilon", 0.1, "--out", "HERE/new"), "epsilon: only the algorithms sa_ppo and sa_dqn take this"),
     "train robustly with an unknown loss": (
         (*TRAIN, "--algo", "sa-ppo", "--loss", "crown", "--out", "HERE/new"),
         "loss must be one of 'sgld', 'pgd', 'ibp', 'radial'",
@@ -373,6 +439,10 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "unknown attack in training": (
         ("train", "--env", "CartPole-v1", "--attack", "nothing", "--epsilon", 0.1, "--out", "HERE/new"), "--attack must be one of"
     ),
+    "epsilon and budget of norm inf": (
+        ("attack", *ZIP, "--sigma", 0.2, "--norm", "inf", "--epsilon", 0.1, "--budget", 0.2), "--budget and --epsilon are both the radius per step"
+    ),
+    "epsilon without an attack": (("train", "--env", "CartPole-v1", "--epsilon", 0.1, "--out", "HERE/new"), "--attack NAME --epsilon RADIUS"),
     "unknown norm": (("attack", *ZIP, "--sigma", 0.2, "--norm", 3), "norm must be one of"),
     "norm that is no number": (("attack", *ZIP, "--sigma", 0.2, "--norm", "two"), "--norm: 'two' is not a number"),
     "train with continuous actions": (("train", "--env", "Nothing-v0", "--out", "HERE/new"), "unknown environment id"),

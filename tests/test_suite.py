@@ -43,6 +43,13 @@ def test_every_attack_that_fits_meets_the_same_episodes_at_every_budget() -> Non
     assert all((r.spent <= r.budget).all() for r in reports)
 
 
+def test_one_threat_model_is_a_suite_of_one_budget() -> None:
+    (one, *_), (listed, *_) = (attack_suite(RULE, CARTPOLE, threats, "fast", 2) for threats in (THREATS[0], THREATS[:1]))
+    assert one.to_dict() == listed.to_dict()
+    with pytest.raises(TypeError, match="threats must be a ThreatModel or several, got 0.2"):
+        attack_suite(RULE, CARTPOLE, 0.2)  # type: ignore[arg-type]
+
+
 def test_attacks_that_cannot_serve_a_policy_are_left_out_with_their_reason() -> None:
     """Flips need discrete actions, Pattanaik action values; an infinite-norm budget has no episode."""
     model, found = PPO("MlpPolicy", "Pendulum-v1", seed=0, device="cpu"), {}

@@ -351,3 +351,11 @@ def test_frames_that_cannot_be_compared_are_refused(clean: np.ndarray, delivered
 def test_a_ledger_needs_at_least_one_slot(n: Any) -> None:
     with pytest.raises((ValueError, TypeError), match=r"^n_slots must be an integer"):
         Ledger(ThreatModel(norm=2, episode=1.0), n)
+
+
+def test_the_norm_may_be_spelled_as_in_files_and_on_the_command_line() -> None:
+    threat = ThreatModel(norm="inf", step=0.1)  # type: ignore[arg-type]
+    assert threat == ThreatModel(norm=math.inf, step=0.1)
+    assert threat.norm == math.inf
+    with pytest.raises(ValueError, match="norm must be one of"):
+        ThreatModel(norm="2", step=0.1)  # type: ignore[arg-type]

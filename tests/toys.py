@@ -100,6 +100,20 @@ class Threshold(gym.Env[Any, Any]):
         return np.zeros(1, dtype=np.float32), float(action) if ended else 0.0, ended, False, {}
 
 
+class Pixels(gym.Env[Any, Any]):
+    """Random grey pictures of bytes, large enough for SB3's convolutions; pays 1 a step, never ends."""
+
+    observation_space = spaces.Box(0, 255, (36, 36, 1), np.uint8)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self.np_random.integers(0, 256, (36, 36, 1), dtype=np.uint8), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.np_random.integers(0, 256, (36, 36, 1), dtype=np.uint8), 1.0, False, False, {}
+
+
 class NothingToDo:
     """An executor that stands for the claim that every chunk is there already."""
 

@@ -65,7 +65,10 @@ class Attacker:
         if not isinstance(threat, ThreatModel):
             raise TypeError(f"threat must be a ThreatModel, got {threat!r}")
         if threat.units != "raw":
-            raise ValueError(f"threat must be in the units of the frames (units='raw') by now, got units={threat.units!r}")
+            raise ValueError(
+                f"threat.units must be 'raw' here, got {threat.units!r}: give its radii in the units of the observations that are "
+                "attacked (grey levels where they are bytes); attack_policy and the wrappers convert others"
+            )
         if policy is None and attack.needs_policy:
             raise ValueError(f"policy must be given: {type(attack).__name__} looks at the policy that it attacks")
         if horizon is None and threat.episode is not None:

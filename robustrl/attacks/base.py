@@ -154,6 +154,11 @@ class Attack(Described, ABC):
     needs_simulator: ClassVar[bool] = False
     """Whether it plans in copies of the running environments."""
 
+    @property
+    def asks(self) -> bool:
+        """Whether it asks the policy what it would do, which takes the memory of a recurrent one."""
+        return self.needs_policy
+
     @abstractmethod
     def perturb(self, frames: Tensor, context: AttackContext) -> Tensor:
         """Choose the frames that the agent receives instead of the true ones (before its noise).

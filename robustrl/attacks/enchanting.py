@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ from robustrl.attacks.gradient import GradientAttack
 from robustrl.attacks.learned import Wanted
 from robustrl.attacks.objectives import Gain, Objective
 from robustrl.attacks.timing import Allocation, Uniform, check_allocation
-from robustrl.errors import check_count, check_finite_array
+from robustrl.errors import check_count, check_finite_array, check_real
 from robustrl.noise import Noise
 from robustrl.policy import PolicyView
 from robustrl.threat import ThreatModel
@@ -93,8 +94,12 @@ class Enchanting(Attack):
             check_count(name, getattr(self, name))
         if self.every > self.length:
             raise ValueError(f"every must be at most length = {self.length}, got {self.every}")
-        if not 1 / self.samples <= self.elite < 1:
-            raise ValueError(f"elite must be in [1 / samples, 1), got {self.elite}")
+        if not 0 < check_real("elite", self.elite) < 1:
+            raise ValueError(f"elite must be in (0, 1), got {self.elite}")
+        if self.elite * self.samples < 1:
+            raise ValueError(
+                f"samples must be at least {math.ceil(1 / self.elite)} for an elite of {self.elite:g}, got {self.samples}"
+            )
         check_allocation("allocation", self.allocation)
 
     def check(self, policy: PolicyView, threat: ThreatModel, noise: Noise | None) -> None:

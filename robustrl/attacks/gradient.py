@@ -13,7 +13,7 @@ from robustrl.attacks.ball import Ball
 from robustrl.attacks.base import Attack, AttackContext
 from robustrl.attacks.expectation import check_threat, rows_per_block, samples
 from robustrl.attacks.geometry import NORMS, per_row, usable
-from robustrl.attacks.objectives import ActionDeviation, Gain, Margin, Objective
+from robustrl.attacks.objectives import ActionDeviation, Gain, Margin, Objective, check_objective
 from robustrl.attacks.timing import Allocation, Uniform, check_allocation
 from robustrl.errors import check_count, check_positive, check_real
 from robustrl.noise import Noise
@@ -55,8 +55,7 @@ class GradientAttack(Attack):
     """Whether it differentiates the objective."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.objective, Objective):
-            raise TypeError(f"objective must be an objective such as attacks.ActionDeviation(), got {self.objective!r}")
+        check_objective(self.objective, "ActionDeviation()")
         check_allocation("allocation", self.allocation)
         for name in ("steps", "restarts", "draws"):
             check_count(name, getattr(self, name))

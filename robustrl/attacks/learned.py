@@ -222,6 +222,10 @@ class CommandedAttack(Attack):
             raise TypeError(f"command must be a command such as attacks.Perturbation(), got {self.command!r}")
         check_allocation("allocation", self.allocation)
 
+    @property
+    def asks(self) -> bool:
+        return not isinstance(self.command, Perturbation)
+
     def check(self, policy: PolicyView, threat: ThreatModel, noise: Noise | None) -> None:
         if threat.episode != self.episode:
             raise ValueError(

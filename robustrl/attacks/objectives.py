@@ -16,7 +16,7 @@ from torch.nn import functional
 from robustrl.attacks.base import AttackContext, Described
 from robustrl.attacks.expectation import answers
 from robustrl.attacks.timing import standard_deviation
-from robustrl.errors import check_positive
+from robustrl.errors import check_positive, with_type
 from robustrl.policy import PolicyView
 
 Gain = Callable[[Tensor], Tensor]
@@ -44,6 +44,12 @@ class Objective(Described, ABC):
             context: what the attacker knows; its clean stack ends with the true frames.
             noise: samples that stand for the unknown noise, (draws, *frame).
         """
+
+
+def check_objective(objective: object, example: str) -> None:
+    """Raise TypeError unless it is an objective."""
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be an objective of robustrl.attacks such as {example}, got {with_type(objective)}")
 
 
 @dataclass(frozen=True)
@@ -273,7 +279,9 @@ class Weighted(Objective):
         for weight, objective in self.terms:
             check_positive("weight", weight)
             if not isinstance(objective, Objective):
-                raise TypeError(f"terms must be pairs (weight, objective), got {objective!r}")
+                raise TypeError(
+                    f"terms must be pairs (weight, objective) of objectives of robustrl.attacks, got {with_type(objective)}"
+                )
             if not objective.differentiable:
                 raise ValueError(f"terms must have gradients, got {objective!r}")
 

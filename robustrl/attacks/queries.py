@@ -15,7 +15,7 @@ from robustrl.attacks.base import Attack, AttackContext
 from robustrl.attacks.expectation import check_threat, rows_per_block, samples
 from robustrl.attacks.geometry import per_row
 from robustrl.attacks.gradient import GradientAttack
-from robustrl.attacks.objectives import Gain, Margin, Objective
+from robustrl.attacks.objectives import Gain, Margin, Objective, check_objective
 from robustrl.attacks.timing import Allocation, Uniform, check_allocation
 from robustrl.errors import check_choice, check_count, check_positive
 from robustrl.noise import Noise
@@ -52,8 +52,7 @@ class Square(Attack):
     draws: int = 8
 
     def __post_init__(self) -> None:
-        if not isinstance(self.objective, Objective):
-            raise TypeError(f"objective must be an objective such as attacks.Margin(), got {self.objective!r}")
+        check_objective(self.objective, "Margin()")
         check_allocation("allocation", self.allocation)
         check_count("queries", self.queries)
         check_count("draws", self.draws)

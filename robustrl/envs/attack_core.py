@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
@@ -114,12 +115,15 @@ class AttackCore:
         """Say who acts on the observations: a model that may still learn, or a `PolicyView`.
 
         Raises:
-            ChainError: if an off-policy learner would store clean observations.
+            ChainError: if an off-policy learner would store clean observations, or frames are stacked otherwise than was said.
+            TypeError: for a policy with a memory, if the attack asks it what it would do.
             ValueError: if policy and observations do not fit, or the attack cannot serve them.
         """
         if env is not None and hasattr(victim, "replay_buffer"):
             check_replay(env)
         box = joint_box(self.inner)
+        if env is not None:
+            _check_stack(env, box, self.frame_stack)
         frame_space = self.inner if isinstance(self.inner, spaces.Dict) else box
         live = victim.get_vec_normalize_env() if hasattr(victim, "get_vec_normalize_env") else None
         seen = self.normalization if live is None or not live.norm_obs else Normalization.of(live)
@@ -145,6 +149,11 @@ class AttackCore:
             self._start()
 
     def _start(self) -> None:
+        if self._victim is not None and self._victim.memory_shape is not None and self.attack.asks:
+            raise TypeError(
+                f"victim must have no memory, which {type(self.attack).__name__} would have to know: attack recurrent policies with "
+                "attack_policy, or by AttackedAgent(SmoothedAgent(...), ...) in an environment without the wrapper"
+            )
         before = self.attacker
         self.attacker = Attacker(
             self.attack,
@@ -263,14 +272,30 @@ def _horizon(env: Any) -> int | None:
         return getattr(getattr(env, "spec", None), "max_episode_steps", None)
 
 
+def _check_stack(env: Any, frame: spaces.Box, told: int) -> None:
+    """Raise ChainError if a chain stacks another number of frames than the attack inside was told."""
+    stack = next((layer for layer in reversed(layers_of(env, partly=True)) if layer.role == "frame_stack"), None)
+    if stack is None or stack.space.shape is None:  # a dictionary's stack is refused with the model
+        return
+    if (count := math.prod(stack.space.shape) // math.prod(frame.shape)) == told:
+        return
+    padding = "zero" if type(stack.env).__name__ == "VecFrameStack" else "reset"
+    raise ChainError(
+        f"{stack.name} stacks {count} frames outside an attack that was told of {told}: "
+        f'add_attack(..., frame_stack={count}, stack_padding="{padding}")'
+    )
+
+
 def _check_inside(env: Any) -> bool:
-    """Whether the observations are normalised inside; an error if they are noisy already."""
+    """Whether the observations are normalised inside; an error if they are noisy or attacked already."""
     layers = layers_of(env, partly=True)
     if any(layer.role == "noise" for layer in layers):
         raise ChainError(
             "attack outside the noise: the attacker would see the noise it is not allowed to see; the right order is environment -> "
             "attack -> noise -> frame stack"
         )
+    if any(layer.role == "attack" for layer in layers):
+        raise ChainError("two attacks in one chain: their budgets would add up; keep one")
     if any(layer.role == "frame_stack" for layer in layers):
         raise ChainError(
             "attack outside the frame stack: every frame would be attacked, and charged, several times; the right order is environment "

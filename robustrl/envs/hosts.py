@@ -47,7 +47,7 @@ def add_attack(env: Any, attack: Attack, threat: ThreatModel, **options: Any) ->
         options: of `robustrl.envs.AttackObservation`, e.g. `victim=`.
     Raises:
         TypeError: for anything else.
-        ChainError: if noise or a frame stack is inside.
+        ChainError: if noise, a frame stack or another attack is inside.
     """
     from robustrl.envs.sb3 import VecAttack
 
@@ -104,7 +104,8 @@ def set_victim(env: Any, model: Any) -> None:
         env: the outermost wrapper.
         model: who acts.
     Raises:
-        ValueError: if there is no attack in the chain.
-        ChainError: if an off-policy learner would store clean observations.
+        ValueError: if there is no attack in the chain, or it cannot serve the model.
+        TypeError: for a model with a memory, if the attack asks it what it would do.
+        ChainError: if an off-policy learner would store clean observations, or frames are stacked otherwise than the attack was told.
     """
     attack_host(env).core.attach(model, env)

@@ -379,6 +379,8 @@ def make_vec_env(
     vec_env_cls: Any = None,
     attack: Attack | None = None,
     threat: ThreatModel | None = None,
+    bounds: Literal["expand", "clip"] = "expand",
+    delivery: Literal["float", "round", "greedy"] | None = None,
 ) -> Any:
     """An SB3 vector environment with noise and frame stack in the order that the certificate needs.
 
@@ -399,6 +401,8 @@ def make_vec_env(
         vec_env_cls: SB3 class to use; default `DummyVecEnv`.
         attack, threat: an attacker of every observation and its budget, for adversarial training; tell it who acts by
             `set_victim(env, model)`. The recipe, and with it any certificate, is that of the environment without it.
+        bounds, delivery: of the attack, see `robustrl.envs.AttackObservation`. bounds="clip" keeps the observation space, so that a model
+            of the clean environment can go on learning; bytes are delivered as "round" by default, as SB3's networks take them.
     Raises:
         ChainError: if the chain breaks the proof.
         ValueError: for an unknown id or bad numbers.
@@ -422,7 +426,7 @@ def make_vec_env(
         raise TypeError(f"{recipe.label}: Stable-Baselines3 cannot act in {recipe.action_space}")
     venv: Any = (vec_env_cls or DummyVecEnv)([lambda: recipe.base_env(inner=Monitor, flat=False)] * n_envs)
     inspectable = isinstance(venv, DummyVecEnv)  # others ran the recipe's own check above, on an environment in this process
-    venv = wrap_vec_env(venv, recipe, attack, threat)
+    venv = wrap_vec_env(venv, recipe, attack, threat, bounds=bounds, delivery=delivery)
     if seed is not None:
         venv.seed(seed)
         venv.action_space.seed(seed)
@@ -433,13 +437,22 @@ def make_vec_env(
     return venv
 
 
-def wrap_vec_env(venv: Any, recipe: EnvRecipe, attack: Attack | None = None, threat: ThreatModel | None = None) -> Any:
+def wrap_vec_env(
+    venv: Any,
+    recipe: EnvRecipe,
+    attack: Attack | None = None,
+    threat: ThreatModel | None = None,
+    *,
+    bounds: Literal["expand", "clip"] = "expand",
+    delivery: Literal["float", "round", "greedy"] | None = None,
+) -> Any:
     """An SB3 vector environment inside the recipe's normalisation, noise and frame stack, in the order of the proof.
 
     Args:
         venv: without them.
         recipe: what is wrapped around it.
         attack, threat: an attacker between normalisation and noise, and its budget, or None.
+        bounds, delivery: see `make_vec_env`.
     Raises:
         ValueError: for an attack without a threat, or a threat without an attack.
     """
@@ -455,6 +468,8 @@ def wrap_vec_env(venv: Any, recipe: EnvRecipe, attack: Attack | None = None, thr
             "noise": recipe.noise,
             "frame_stack": recipe.frame_stack,
             "stack_padding": recipe.stack_padding,
+            "bounds": bounds,
+            "delivery": delivery or ("round" if joint_box(venv.observation_space).dtype == np.uint8 else "float"),
         }
         venv = sb3.VecAttack(venv, attack, threat, horizon=recipe.horizon, normalization=places.get("after_noise"), **outside)
     if recipe.noise is not None:

@@ -76,7 +76,7 @@ class AttackObservation(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         record_clean: put the true observation into `info["clean_obs"]`.
     Raises:
         TypeError, ValueError: for spaces, units or budgets that make no sense.
-        ChainError: if noise or a frame stack is inside.
+        ChainError: if noise, a frame stack or another attack is inside.
 
     Examples:
         >>> import gymnasium as gym, robustrl as rrl

@@ -25,6 +25,17 @@ def frame_units(recipe: EnvRecipe) -> Units:
     return "unit01" if unit_picture else "raw"
 
 
+def check_float_frames(recipe: EnvRecipe, what: str) -> None:
+    """Raise ValueError if the frames are integers, which neither noise nor the attack of a rollout can be added to."""
+    dtype = recipe.frame_space.dtype
+    if dtype is not None and dtype.kind != "f":
+        raise ValueError(
+            f"{what} needs float observations, but {recipe.label} gives {dtype}: convert them in a wrapper, "
+            "EnvRecipe(wrappers=(...,)), as docs/agents.md shows for pictures (make_atari_env does for Atari); "
+            "a network trained on bytes needs no change"
+        )
+
+
 def in_frame_units(threat: ThreatModel, recipe: EnvRecipe, *, covering: bool = False) -> ThreatModel:
     """The same threat in the recipe's frame units, with units="raw".
 
@@ -47,6 +58,7 @@ def _in_frame_units(threat: ThreatModel, recipe: EnvRecipe) -> ThreatModel:
         return replace(threat, units="raw")
     if threat.units == "uint8" and units == "unit01":
         return threat.times(1 / 255, units="raw")
+    check_float_frames(recipe, "an attack")
     if recipe.normalization is None or {threat.units, units} != {"raw", "normalized"}:
         raise ValueError(
             f"a threat model in units {threat.units!r} means nothing for {recipe.label}, whose frames are {units!r}"

@@ -34,7 +34,7 @@ class AttackReport:
         certified: certified lower bound at this budget, or None without a certificate.
         success_at: where given, `mean`, `clean_mean`, `upper` and `certified` are not about the return itself but about the
             probability of a return of at least this.
-        label: name of the attack in tables and figures; default its class or objective.
+        label: name of the attack in tables and figures; default its class, or the objective of a `GradientAttack`.
     """
 
     attack: dict[str, Any]
@@ -61,11 +61,13 @@ class AttackReport:
 
     @property
     def name(self) -> str:
-        """The attack's name in tables and figures: its label, its class, or the objective that a general attack pursues."""
+        """The attack's name in tables and figures: its label, its class, or the objective of a `GradientAttack`."""
         if self.label is not None:
             return self.label
-        objective = self.attack.get("objective")
-        return str(objective["kind"] if isinstance(objective, dict) and "kind" in objective else self.attack["kind"])
+        kind, objective = self.attack["kind"], self.attack.get("objective")
+        if kind == "GradientAttack" and isinstance(objective, dict):
+            return str(objective.get("kind", kind))
+        return str(kind)
 
     @property
     def budget(self) -> float:

@@ -11,6 +11,7 @@ from gymnasium.spaces import Box, Discrete
 
 from robustrl.attacks.base import Attack
 from robustrl.envs.recipe import EnvRecipe
+from robustrl.envs.units import check_float_frames
 from robustrl.errors import ChainError, ChunkError, WorkerError, check_count
 from robustrl.policy import PolicyView
 from robustrl.rollouts.chunk import Episodes, Job, run_chunk, run_interleaved
@@ -57,9 +58,8 @@ def make_job(
         raise ChainError(
             f"an episode of {recipe.label} is one life, not a whole game: make it without terminal_on_life_loss / EpisodicLifeEnv"
         )
-    if space.dtype is not None and space.dtype.kind != "f" and (recipe.noise is not None or attack is not None):
-        what = "an attack" if recipe.noise is None else "noise"
-        raise ValueError(f"{what} needs float observations, but {recipe.label} gives {space.dtype}: convert them in a wrapper")
+    if recipe.noise is not None or attack is not None:
+        check_float_frames(recipe, "an attack" if recipe.noise is None else "noise")
     if (attack is None) != (threat is None):
         raise ValueError("attack and threat go together: got one without the other")
     if attack is not None and threat is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ def train_adversary(
     *,
     timesteps: int = 300_000,
     n_envs: int = 8,
-    path: Path | None = None,
+    path: str | os.PathLike[str] | None = None,
     deterministic: bool = True,
     seed: int = 0,
     **hyperparameters: Any,
@@ -59,28 +60,29 @@ def train_adversary(
         command: what the adversary decides; see `robustrl.envs.AdversaryEnv`.
         timesteps: of training.
         n_envs: victims side by side.
-        path: where the adversary is kept, with a JSON of what it was trained against; one that is there is not trained again.
+        path: file (.zip) where the adversary is kept, with a JSON of what it was trained against; one that is there is not trained again.
         deterministic: the victim acts greedily, or samples.
         seed: of weights, environments and noise.
         hyperparameters: of PPO, in place of n_steps=256, batch_size=64 and SB3's defaults.
     Raises:
         ChunkError: if `path` holds the adversary of something else.
     """
+    file = None if path is None else Path(path)
     game = AdversaryVecEnv(env, model, threat, command, n_envs, deterministic=deterministic, seed=seed)
     about = {**game.describe(), "timesteps": timesteps, "seed": seed, "n_envs": n_envs, "hyperparameters": hyperparameters}
     about = json.loads(json.dumps(about, default=str))
-    if path is not None and path.exists():
-        if not path.with_suffix(".json").exists() or json.loads(path.with_suffix(".json").read_text()) != about:
+    if file is not None and file.exists():
+        if not file.with_suffix(".json").exists() or json.loads(file.with_suffix(".json").read_text()) != about:
             raise ChunkError(
-                f"{path} is the adversary of another victim, environment or budget, or was trained in another way: delete it"
+                f"{file} is the adversary of another victim, environment or budget, or was trained in another way: delete it"
             )
-        return game.attack(load_model(path, algo="ppo", device="cpu"))
+        return game.attack(load_model(file, algo="ppo", device="cpu"))
     arguments = {"n_steps": 256, "batch_size": 64, "device": "cpu", "seed": seed, **hyperparameters}
     scaled = VecNormalize(game, norm_obs=False, gamma=hyperparameters.get("gamma", 0.99))
     with one_thread(), untouched_generators():
         learner = PPO("MlpPolicy", scaled, **arguments).learn(timesteps)
     game.close()
-    if path is not None:
-        write_atomically(path.with_suffix(".json"), json.dumps(about, indent=1).encode())
-        save_model(learner, path)
+    if file is not None:
+        write_atomically(file.with_suffix(".json"), json.dumps(about, indent=1).encode())
+        save_model(learner, file)
     return game.attack(learner)

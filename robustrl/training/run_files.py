@@ -62,7 +62,9 @@ class RunInfo:
         """
         path = Path(folder) / "run.json"
         if not path.exists():
-            raise FileNotFoundError(f"{folder} is no run directory: it has no run.json")
+            model = path.with_name("model.zip")
+            hint = f"; for the model alone give {model}" if model.exists() else ""
+            raise FileNotFoundError(f"{folder} is no run directory: it has no run.json{hint}")
         try:
             data = json.loads(path.read_text())
             if data.pop("schema") != SCHEMA:

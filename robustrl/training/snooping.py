@@ -20,7 +20,8 @@ def snoop(
     """An attack that needs nothing of its victim but what it did in clean episodes.
 
     Args:
-        model: SB3 model or `PolicyView` without memory; only its greedy actions are looked at.
+        model: SB3 model or `PolicyView` without memory; only its greedy actions are looked at. A black box with nothing but `predict`
+            is a `PolicyView.from_torch` of a module that asks it, as docs/methods/attacks.md shows under "Queries".
         env: anything `EnvRecipe.of` takes; its noise is left out while the victim is watched.
         attack: what attacks the imitation; default the margin of another action, or the largest change of a continuous one.
         observations: of the victim's own episodes, with what it did.

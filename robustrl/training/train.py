@@ -94,8 +94,15 @@ def train(
     preset = preset_for(recipe.env_id)
     steps = check_count("timesteps", preset.timesteps if timesteps is None else timesteps)
     arguments = {**preset.arguments(algo), **(hyperparameters or {})}
-    if algo not in ACTING_AS and ROBUST & arguments.keys():
-        raise ValueError(f"{', '.join(sorted(ROBUST & arguments.keys()))} belong to sa_ppo and sa_dqn, got algo {algo}")
+    if algo not in ACTING_AS and (odd := ", ".join(sorted(ROBUST & arguments.keys()))):
+        raise ValueError(
+            f"{odd}: only the algorithms sa_ppo and sa_dqn take this (--algo sa-ppo), got algo {algo}; "
+            "or train any algorithm behind an attack: attack= and threat= (--attack NAME --epsilon RADIUS)"
+        )
+    if attack == "learned" and algo in OFF_POLICY:
+        raise ValueError(
+            f"attack 'learned' needs an algorithm with rollouts (ppo, a2c, recurrent_ppo, sa_ppo), got algo {algo}"
+        )
     written = copy.deepcopy(arguments)  # SB3 writes into the policy_kwargs that it is given
     side_by_side = preset.env.get("n_envs", 1) if n_envs is None else n_envs
     learns = recipe.normalization is None and (preset.normalize if normalize is None else normalize)
@@ -111,6 +118,8 @@ def train(
     # Networks this small only lose time to a second thread, and the weights would depend on the number of threads.
     with one_thread():
         model = kind(name, venv, seed=seed, verbose=verbose, **arguments)
+        if attack is not None:
+            set_victim(venv, model)
         folder.mkdir(parents=True, exist_ok=True)
         # A logger of our own writes into tb/ itself, so that the certificate joins the same TensorBoard run.
         model.set_logger(configure(os.fspath(folder / "tb"), (["stdout"] if verbose else []) + ["tensorboard"]))
@@ -119,8 +128,6 @@ def train(
             callbacks: list[BaseCallback] = [_Advance(advance)]
             if attack == "learned" and threat is not None:
                 callbacks.append(_adversary(recipe, threat, preset, side_by_side))
-            if attack is not None:
-                set_victim(venv, model)
             model.learn(steps, callback=callbacks)
     if normalizer is not None:
         recipe = replace(recipe, normalization=Normalization.of(normalizer))

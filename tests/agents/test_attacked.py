@@ -17,7 +17,7 @@ from toys import LinearRule
 
 import robustrl as rrl
 from robustrl.agents import AttackedAgent, MajorityVoteAgent, MedianAgent, SmoothedAgent
-from robustrl.attacks import ActionDeviation, GradientAttack, Greedy, Margin, MinimalFlip, RandomNoise
+from robustrl.attacks import ActionDeviation, AttackContext, GradientAttack, Greedy, Margin, MinimalFlip, RandomNoise
 from robustrl.envs import AttackObservation
 from robustrl.policy import PolicyView
 from robustrl.threat import ThreatModel
@@ -106,6 +106,62 @@ def test_expectation_over_the_noise_flips_a_majority_and_moves_a_median() -> Non
     assert np.abs(moved - clean).mean() > np.abs(aimless - clean).mean()
 
 
+def test_a_recurrent_agent_is_attacked_without_the_memory_of_its_last_episode() -> None:
+    from sb3_contrib import RecurrentPPO
+
+    model = RecurrentPPO("MlpLstmPolicy", "CartPole-v1", seed=0, device="cpu", policy_kwargs={"lstm_hidden_size": 8})
+    smoothed = SmoothedAgent(model, rrl.Gaussian(0.0), seed=0)
+    seen: list[torch.Tensor] = []
+
+    class Remembering(RandomNoise):
+        def perturb(self, frames: torch.Tensor, context: AttackContext) -> torch.Tensor:
+            seen.extend([] if context.memory is None else [context.memory.clone()])
+            return frames
+
+    agent, state = AttackedAgent(smoothed, Remembering(), STEP, seed=0), None
+    for start in ([True, True], [False, False], [False, True]):
+        _, state = agent.predict(FRAMES[:2], state, np.array(start), deterministic=True)
+    assert seen[-2].abs().sum() > 0
+    assert seen[-1][0].abs().sum() > 0
+    assert not seen[-1][1].any()
+
+
+def test_the_attacker_knows_the_noisy_frames_that_a_smoothed_agent_saw() -> None:
+    stacked = PolicyView.from_torch(
+        LinearRule(torch.ones(8, dtype=torch.float64)), kind="q", observation_shape=(8,), n_frames=2
+    )
+    smoothed, seen = SmoothedAgent(stacked, rrl.Gaussian(0.5), frame_stack=2, seed=0), []
+
+    class Watching(RandomNoise):
+        def perturb(self, frames: torch.Tensor, context: AttackContext) -> torch.Tensor:
+            seen.append(context.seen_stack.clone())
+            return frames
+
+    agent, state = AttackedAgent(smoothed, Watching(), STEP, seed=0), None
+    for _ in range(2):
+        _, state = agent.predict(FRAMES, state, deterministic=True)
+    last = seen[-1][:, 0].numpy() - FRAMES
+    assert 0.3 < last.std() < 0.8  # the frame of the step before, with its noise
+    assert np.array_equal(seen[-1][:, 1].numpy(), FRAMES)
+
+
+def test_a_plain_model_goes_on_with_its_episodes_unless_told_that_one_starts(ppo: PPO) -> None:
+    agent = AttackedAgent(ppo, GradientAttack(ActionDeviation(), allocation=Greedy()), EPISODE, horizon=500)
+    agent.predict(FRAMES)
+    spent = agent.attacker.ledger.spent.copy()
+    assert (spent > 0.49).any()
+    agent.predict(FRAMES)
+    assert (agent.attacker.ledger.spent >= spent).all()
+    assert (agent.attacker.ledger.spent <= 0.5).all()
+
+
+def test_the_users_model_keeps_gradients_and_mode() -> None:
+    model = PPO("MlpPolicy", "CartPole-v1", seed=0, device="cpu")
+    model.policy.train()
+    AttackedAgent(model, GradientAttack(Margin()), STEP).predict(FRAMES)
+    assert all(parameter.requires_grad for parameter in model.policy.parameters())
+
+
 def test_bytes_that_are_no_picture_stay_in_their_range() -> None:
     """The wrappers' rule: a machine's memory at 255 or 0 has nowhere farther to go."""
     seen: list[torch.Tensor] = []
@@ -135,3 +191,12 @@ def test_what_cannot_be_attacked_is_refused_with_a_hint(ppo: PPO) -> None:
         AttackedAgent(ppo, GradientAttack(Margin()), STEP).predict(np.zeros(3, np.float32))
     with pytest.raises(TypeError, match="attack must be"):
         AttackedAgent(ppo, "pgd", STEP)  # type: ignore[arg-type]
+
+
+def test_units_of_an_attacked_agent_are_those_of_its_observations() -> None:
+    model = PPO("MlpPolicy", "CartPole-v1", device="cpu", seed=0)
+    threat = rrl.ThreatModel(norm=math.inf, step=4, units="uint8")
+    with pytest.raises(
+        ValueError, match=r"threat\.units must be 'raw' here, got 'uint8': give its radii in the units of the observations"
+    ):
+        AttackedAgent(model, rrl.attacks.RandomNoise(), threat)

@@ -301,7 +301,9 @@ def test_where_there_is_no_simulator_that_is_said() -> None:
         ({"every": 11}, "every must be at most length = 10, got 11"),
         ({"samples": 0}, "samples must be"),
         ({"elite": 1.0}, "elite must be"),
-        ({"elite": 0.001}, "elite must be"),
+        ({"elite": 0.0}, "elite must be"),
+        ({"elite": 0.001}, "samples must be at least 1000 for an elite of 0.001, got 60"),
+        ({"samples": 8}, "samples must be at least 10 for an elite of 0.1, got 8"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(change: dict[str, Any], message: str) -> None:

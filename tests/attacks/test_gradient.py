@@ -368,7 +368,11 @@ def test_reports_tell_objective_and_allocation() -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"objective": "mad"}, TypeError, r"objective must be an objective such as attacks.ActionDeviation\(\), got 'mad'"),
+        (
+            {"objective": "mad"},
+            TypeError,
+            r"objective must be an objective of robustrl.attacks such as ActionDeviation\(\), got 'mad' of type str",
+        ),
         ({"objective": Margin}, TypeError, "objective must be an objective"),
         ({"allocation": "greedy"}, TypeError, r"allocation must be an allocation such as attacks.Uniform\(\), got 'greedy'"),
         ({"allocation": Uniform(0.1)}, TypeError, "allocation must be an allocation"),

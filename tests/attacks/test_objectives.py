@@ -28,6 +28,7 @@ from robustrl.attacks import (
 from robustrl.attacks.objectives import GreedyValue, TowardsWorst
 from robustrl.noise import Gaussian
 from robustrl.policy import PolicyView
+from robustrl.training.robust import Consistency
 
 BOX = spaces.Box(np.array([-1, -3], np.float32), np.array([1, 5], np.float32))
 NOISE = Gaussian(0.3).perturb(torch.zeros(6, 4), torch.Generator().manual_seed(0))
@@ -401,6 +402,7 @@ def test_a_weighted_sum_is_robust_sarsa_with_a_deviation() -> None:
         ((), ValueError, r"terms must be pairs \(weight, objective\), got none"),
         (((0.0, Margin()),), ValueError, "weight must be a finite number > 0"),
         (((1.0, "mad"),), TypeError, "terms must be pairs"),
+        (((1.0, Consistency(Gaussian(0.1))),), TypeError, r"robustrl\.attacks.* of type robustrl\.training\.robust"),
         (((1.0, Flips()),), ValueError, "terms must have gradients"),
     ],
 )

@@ -18,6 +18,7 @@ from robustrl.attacks.queries import _window
 from robustrl.noise import Gaussian
 from robustrl.policy import PolicyView
 from robustrl.threat import ThreatModel
+from robustrl.training import robust
 
 each_norm = pytest.mark.parametrize("norm", [1, 2, math.inf])
 
@@ -224,6 +225,11 @@ def test_snooping_attacks_the_imitation_and_hits_the_victim() -> None:
     ("make", "error", "message"),
     [
         (lambda: Square("margin"), TypeError, "objective must be an objective"),
+        (
+            lambda: Square(robust.Margin()),
+            TypeError,
+            r"objective of robustrl\.attacks .*Margin\(.*\) of type robustrl\.training\.robust",
+        ),
         (lambda: Square(queries=0), ValueError, "queries must be an integer >= 1"),
         (lambda: Square(share=1.5), ValueError, r"share must be in \(0, 1\], got 1.5"),
         (lambda: Square(draws=0), ValueError, "draws must be"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -23,6 +24,7 @@ from robustrl.attacks.learned import LearnedAttack
 from robustrl.envs import AdversaryEnv, AdversaryVecEnv, EnvRecipe
 from robustrl.policy import PolicyView
 from robustrl.threat import ThreatModel
+from robustrl.training.adversary import train_adversary
 
 BALANCER = PolicyView.from_torch(
     LinearRule(torch.tensor([0.3, 0.5, 2.0, 1.0], dtype=torch.float64)), kind="q", observation_shape=(4,)
@@ -189,6 +191,40 @@ def test_the_actor_pushes_actions_where_the_director_points(norm: float, steps: 
         assert (cosine >= 0.95 * reachable - 1e-6).all()
     else:
         assert cosine.mean() > 0.9
+
+
+def test_the_director_points_in_half_ranges_of_the_actions() -> None:
+    """Two entries that move alike, one with a hundredfold range: where it should point, only the narrow one is far off."""
+    wide = spaces.Box(np.array([-1, -100], np.float32), np.array([1, 100], np.float32))
+    policy = PolicyView.from_torch(
+        Wide(torch.eye(2, dtype=torch.float64)), kind="deterministic", observation_shape=(2,), action_space=wide
+    )
+    frames, commands = torch.zeros(1, 2), torch.tensor([[-1.0, 1.0]])
+    context = situation(policy, frames, commands, 0.1, 2)
+    (delivered,) = ActionDirection(weight=10.0).follow(frames, context, context.allowance)
+    assert delivered[0] < -0.099  # the wide entry's change is a hundredth as large: nearly all goes into the narrow one
+    assert abs(delivered[1]) < 0.01
+
+
+def test_a_masked_command_still_fills_the_radius() -> None:
+    policy = PolicyView.from_torch(Wide(WEIGHTS), kind="logits", observation_shape=(11,))
+    frames, attackable = torch.zeros(1, 11), (torch.arange(11) < 2).float()
+    context = replace(situation(policy, frames, torch.ones(1, 11), 0.1, 2), attackable=attackable)
+    delivered = Perturbation().follow(frames, context, context.allowance)
+    assert row_norms(delivered.double(), 2).item() == pytest.approx(0.1, rel=1e-5)
+    assert not delivered[0, 2:].any()
+
+
+def test_an_adversary_that_still_learns_decides_as_it_acts() -> None:
+    """Layers that act otherwise in training, as dropout does, are switched before every decision."""
+    network = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+    space = spaces.Box(-1, 1, (4,), np.float32)
+    adversary = PolicyView.from_torch(network, kind="deterministic", observation_shape=(4,), action_space=space)
+    attack = LearnedAttack(adversary=adversary)
+    context = situation(BALANCER, torch.ones(1, 4), torch.zeros(1, 4), 0.1, 2)
+    decided = attack.decide(context)
+    network.train()
+    assert torch.equal(attack.decide(context), decided)
 
 
 def test_a_discrete_director_moves_probabilities_and_a_target_is_reached() -> None:
@@ -381,3 +417,13 @@ def test_victims_act_within_their_space_and_sample_where_asked() -> None:
         many = AdversaryVecEnv(CARTPOLE, coin, STEP, n_envs=16, deterministic=deterministic, seed=0)
         many.reset()
         assert len(set(many._duel.respond(np.zeros((16, 4), np.float32)).tolist())) == (1 if deterministic else 2)
+
+
+def test_a_trained_adversary_is_kept_under_a_path_of_any_kind(tmp_path: Path) -> None:
+    common: dict[str, Any] = {"timesteps": 16, "n_envs": 2, "n_steps": 8, "batch_size": 16}
+    attacks = [
+        train_adversary(BALANCER, CARTPOLE, STEP, path=path, **common)
+        for path in (str(tmp_path / "adversary.zip"), tmp_path / "adversary.zip")
+    ]
+    assert attacks[0].to_dict() == attacks[1].to_dict()
+    assert {file.name for file in tmp_path.iterdir()} == {"adversary.zip", "adversary.json"}

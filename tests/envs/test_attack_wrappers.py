@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -12,14 +14,16 @@ import torch
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from sb3_contrib import RecurrentPPO
 from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
-from toys import LinearRule, Steps
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
+from toys import LinearRule, Pixels, Steps
 
 import robustrl as rrl
 from robustrl.attacks import Attack, AttackContext, GradientAttack, Greedy, Margin, MinimalFlip, RandomNoise
 from robustrl.envs import AttackObservation, NoiseObservation, add_attack, add_noise, set_victim
+from robustrl.envs.attack_core import AttackCore
 from robustrl.envs.sb3 import VecAttack
 from robustrl.errors import ChainError
 from robustrl.policy import PolicyView
@@ -385,6 +389,37 @@ def test_another_attack_in_the_middle_of_an_episode_goes_on_with_its_ledger() ->
     assert info["attack"]["norm"] < 1e-2
 
 
+def test_another_attack_in_the_middle_of_an_episode_goes_on_with_its_time() -> None:
+    env = AttackObservation(gym.wrappers.TimeLimit(Steps(5), 5), RandomNoise(), ThreatModel(norm=2, episode=1.0), seed=0)
+    env.reset()
+    env.step(0)
+    env.core.use(RandomNoise("corner"))
+    _, _, _, _, info = env.step(0)
+    left = 1 - env.core.attacker.ledger.spent[0] ** 2 + info["attack"]["norm"] ** 2
+    assert info["attack"]["norm"] == pytest.approx(
+        math.sqrt(left / 3), rel=1e-4
+    )  # of five observations to act on, this is the third
+
+
+class Watching(Push):
+    """Keeps the stacks that it is told of."""
+
+    def perturb(self, frames: torch.Tensor, context: AttackContext) -> torch.Tensor:
+        stacks.append(context.seen_stack.clone())
+        return super().perturb(frames, context)
+
+
+stacks: list[torch.Tensor] = []
+
+
+def test_the_attacker_knows_what_it_delivered_before() -> None:
+    env = cartpole(attack=Watching(), victim=None, frame_stack=2, record_clean=True)
+    delivered, _ = env.reset(seed=0)
+    _, *_, info = env.step(0)
+    assert np.array_equal(stacks[-1][0, 0].numpy(), delivered)
+    assert np.array_equal(stacks[-1][0, 1].numpy(), info["clean_obs"])
+
+
 def test_environments_in_other_processes_can_be_attacked_too() -> None:
     venv = SubprocVecEnv([lambda: gym.make("CartPole-v1")], start_method="spawn")
     try:
@@ -417,6 +452,26 @@ def test_grey_levels_and_unit_intervals_are_told_apart() -> None:
     with pytest.raises(ValueError, match="units must be 'normalized'"):
         VecAttack(normalized, PGD, STEP, victim=CARTPOLE)
     VecAttack(normalized, PGD, ThreatModel(norm=2, step=1.0, units="normalized"), victim=CARTPOLE)
+
+
+def test_grey_levels_are_255ths_of_float_pictures() -> None:
+    space = spaces.Box(0, 1, (3, 6, 5), np.float32)
+    for units, step in (("uint8", 51.0), ("raw", 0.2), ("unit01", 0.2)):
+        core = AttackCore(
+            gym.make("CartPole-v1"), space, 1, Push(), ThreatModel(norm=math.inf, step=step, units=units), horizon=5
+        )
+        assert core.threat.step == pytest.approx(0.2)
+
+
+def test_an_even_allocation_spends_the_whole_budget_evenly_by_the_last_step() -> None:
+    env = cartpole(attack=RandomNoise("corner"), threat=ThreatModel(norm=2, episode=0.1), horizon=8, victim=None)
+    _, info = env.reset(seed=0)
+    norms = [info["attack"]["norm"]]
+    for t in range(7):
+        *_, info = env.step(t % 2)
+        norms.append(info["attack"]["norm"])
+    assert norms == pytest.approx([0.1 / math.sqrt(8)] * 8, rel=1e-4)
+    assert info["attack"]["budget_spent"] == pytest.approx(0.1, rel=1e-4)
 
 
 def test_the_right_order_is_enforced() -> None:
@@ -562,3 +617,115 @@ def test_a_victim_whose_learner_switched_to_training_is_attacked_as_it_acts() ->
         part.training = True
     assert np.array_equal(env.reset(seed=0)[0], before)
     assert not any(part.training for part in env.victim.modules())
+
+
+def test_a_clean_model_trains_on_behind_an_attack_that_keeps_the_space(tmp_path: Path) -> None:
+    PPO("MlpPolicy", "CartPole-v1", n_steps=16, batch_size=16, device="cpu", seed=0).save(tmp_path / "clean.zip")
+    with pytest.raises(ValueError, match="Observation spaces do not match"):
+        PPO.load(tmp_path / "clean.zip", env=rrl.make_vec_env("CartPole-v1", attack=PGD, threat=STEP), device="cpu")
+    env = rrl.make_vec_env("CartPole-v1", attack=PGD, threat=STEP, bounds="clip", seed=0)
+    model = PPO.load(tmp_path / "clean.zip", env=env, device="cpu")
+    set_victim(env, model)
+    before = PolicyView.of(model).fingerprint()
+    model.learn(16)
+    assert env.core.attacker.ledger.spent.max() > 0
+    assert PolicyView.of(model).fingerprint() != before
+
+
+def test_byte_pictures_stay_bytes_in_a_vector_environment_for_learners() -> None:
+    threat = ThreatModel(norm=math.inf, step=4)
+    env = rrl.make_vec_env(Pixels, max_episode_steps=20, attack=PGD, threat=threat, seed=0)
+    assert env.observation_space == Pixels.observation_space
+    model = PPO("CnnPolicy", env, n_steps=16, batch_size=16, n_epochs=1, device="cpu", seed=0)
+    set_victim(env, model)
+    model.learn(16)
+    assert env.core.attacker.ledger.spent == pytest.approx(4)
+    spread = ThreatModel(2, step=3)  # over 30 entries: rounding takes all of it
+    for delivery, norm in ((None, 0), ("round", 0), ("greedy", 3)):
+        even = rrl.make_vec_env(Pictures, max_episode_steps=5, attack=Push(), threat=spread, delivery=delivery)
+        even.reset()
+        assert even.core.attacker.norms == pytest.approx(norm)
+    floats = rrl.make_vec_env(Pixels, max_episode_steps=20, attack=PGD, threat=threat, delivery="float")
+    assert floats.observation_space.dtype == np.float32
+
+
+@pytest.mark.parametrize("delivery", ["round", "greedy"])
+@pytest.mark.parametrize("threat", [ThreatModel(2, step=0.9), ThreatModel(1, episode=0.5), ThreatModel(math.inf, step=0.5)])
+def test_a_budget_below_a_grey_level_is_warned_of(threat: ThreatModel, delivery: Any) -> None:
+    with pytest.warns(UserWarning, match="less than one whole level: nothing is attacked"):
+        env = add_attack(gym.wrappers.TimeLimit(Pictures(), 5), Push(), threat, delivery=delivery)
+    env.reset(seed=0)
+    *_, info = env.step(0)
+    assert info["attack"]["norm"] == 0
+    if threat.norm == math.inf:
+        assert info["attack"]["eps_t"] == 0
+
+
+def test_whole_levels_are_not_warned_of() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # torch, about the scale
+        add_attack(Pictures(), Push(), ThreatModel(2, step=1), delivery="round")
+        add_attack(Pictures(), Push(), ThreatModel(0, step=1), delivery="round")
+        add_attack(Pictures(), Push(), ThreatModel(2, step=0.9, scale=(2.0,) * 5), delivery="round")
+        add_attack(Pictures(), Push(), ThreatModel(2, step=0.0), delivery="round")
+        add_attack(Pictures(), Push(), ThreatModel(2, step=0.9))
+
+
+def test_two_attacks_in_a_chain_are_refused() -> None:
+    inside = add_attack(gym.make("CartPole-v1"), Push(), STEP)
+    for env in (inside, SyncVectorEnv([lambda: inside]), DummyVecEnv([lambda: inside])):
+        with pytest.raises(ChainError, match="budgets would add up"):
+            add_attack(env, Push(), STEP)
+
+
+def test_a_victim_with_a_memory_is_refused_before_the_first_step() -> None:
+    victim = RecurrentPPO("MlpLstmPolicy", "CartPole-v1", device="cpu")
+    with pytest.raises(TypeError, match="victim must have no memory.*attack_policy"):
+        cartpole(victim=victim)
+    env = rrl.make_vec_env("CartPole-v1", attack=PGD, threat=STEP)
+    with pytest.raises(TypeError, match="victim must have no memory"):
+        set_victim(env, victim)
+    blind = rrl.make_vec_env("CartPole-v1", attack=RandomNoise(), threat=STEP, seed=0)
+    set_victim(blind, victim)  # noise that looks at nobody
+    with pytest.raises(TypeError, match="victim must have no memory"):
+        blind.core.use(PGD)
+    blind.reset()
+    assert blind.core.attacker.norms.max() > 0
+
+
+def test_what_asks_a_policy_nothing_can_attack_one_with_a_memory() -> None:
+    victim = RecurrentPPO("MlpLstmPolicy", "CartPole-v1", device="cpu")
+    game = rrl.envs.AdversaryVecEnv("CartPole-v1", victim, STEP, rrl.attacks.Perturbation(), 2, seed=0)
+    attack = game.attack(PPO("MlpPolicy", game, n_steps=8, batch_size=16, device="cpu", seed=0))
+    env = rrl.make_vec_env("CartPole-v1", attack=attack, threat=STEP, seed=0)
+    set_victim(env, victim)
+    env.reset()
+    assert env.core.attacker.norms.max() > 0
+    with pytest.raises(TypeError, match="victim must have no memory"):
+        env.core.use(rrl.attacks.LearnedAttack(rrl.attacks.TargetAction(), adversary=victim))
+
+
+def test_frames_stacked_outside_must_be_told_to_the_attack() -> None:
+    def stacked(**options: Any) -> Any:
+        return VecFrameStack(add_attack(DummyVecEnv([lambda: gym.make("CartPole-v1")]), PGD, STEP, **options), 3)
+
+    model = PPO("MlpPolicy", stacked(), n_steps=8, batch_size=8, device="cpu")
+    with pytest.raises(ChainError, match=r'add_attack\(\.\.\., frame_stack=3, stack_padding="zero"\)'):
+        set_victim(stacked(), model)
+    env = stacked(frame_stack=3, stack_padding="zero")
+    set_victim(env, model)
+    env.reset()
+    alone = gym.wrappers.FrameStackObservation(add_attack(gym.make("CartPole-v1"), PGD, STEP), 2)
+    pair = PolicyView.from_torch(
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8, 2)), kind="q", observation_shape=(2, 4)
+    )
+    with pytest.raises(ChainError, match=r'add_attack\(\.\.\., frame_stack=2, stack_padding="reset"\)'):
+        set_victim(alone, pair)
+
+
+def test_stacked_dictionaries_are_refused_as_such() -> None:
+    env = VecFrameStack(add_attack(DummyVecEnv([Two]), PGD, STEP), 2)
+    model = PPO("MultiInputPolicy", env, n_steps=8, batch_size=8, device="cpu")
+    with pytest.raises(ValueError, match="the model takes 'a' of shape"):
+        set_victim(env, model)

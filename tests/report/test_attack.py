@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from robustrl import attacks
 from robustrl.errors import CertificateViolationError
 from robustrl.report import AttackReport
 from robustrl.report.attack import attack_table, load_reports, save_reports
@@ -37,6 +38,12 @@ def test_means_and_budget() -> None:
     assert report().clean_mean == pytest.approx(590 / 3)
     assert report(0.25).budget == 0.25
     assert report(threat=ThreatModel(norm=2, step=0.1).to_dict()).budget == 0.1
+
+
+def test_attacks_of_one_objective_have_names_of_their_own() -> None:
+    kinds = [attacks.GradientAttack(attacks.Margin()), attacks.FGSM(), attacks.Square(), attacks.NES(), attacks.Pattanaik()]
+    names = [report(attack=kind.to_dict()).name for kind in kinds]
+    assert names == ["Margin", "FGSM", "Square", "NES", "Pattanaik"]
 
 
 def test_an_upper_bound_below_the_certificate_raises_the_alarm() -> None:

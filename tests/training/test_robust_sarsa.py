@@ -133,3 +133,14 @@ def test_after_a_time_limit_the_policy_acts_where_the_episode_stopped() -> None:
     with torch.no_grad():
         means = model.policy.get_distribution(data.next_observations).distribution.mean.clamp(-2, 2)
     assert torch.allclose(data.next_actions, means, atol=0.01)
+
+
+def test_progress_is_shown_of_data_and_of_fitting(capsys: pytest.CaptureFixture[str]) -> None:
+    model = PPO("MlpPolicy", "CartPole-v1", device="cpu", seed=0)
+    robust_sarsa(model, "CartPole-v1", timesteps=100, epochs=2)
+    assert not capsys.readouterr().out
+    robust_sarsa(model, "CartPole-v1", timesteps=100, epochs=2, progress_bar=True)
+    shown = capsys.readouterr().out
+    assert "robust sarsa: data" in shown
+    assert "robust sarsa: fit" in shown
+    assert " 2/2 " in shown

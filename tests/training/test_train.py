@@ -15,7 +15,7 @@ import pytest
 import torch
 from stable_baselines3 import A2C, DQN, PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from toys import Steps
+from toys import Pixels, Steps
 
 from robustrl import presets
 from robustrl.api import load_agent
@@ -153,7 +153,7 @@ def test_an_environment_from_a_factory_is_named_and_must_be_given_again(tmp_path
         (
             {"hyperparameters": {"epsilon": 0.1, "kappa": 1}},
             ValueError,
-            "epsilon, kappa belong to sa_ppo and sa_dqn, got algo ppo",
+            "epsilon, kappa: only the algorithms sa_ppo and sa_dqn take this .*, got algo ppo",
         ),
         ({"algo": "sa-ppo", "hyperparameters": {"kappa": -1}}, ValueError, "kappa must be a finite number >= 0"),
         ({"env": "Nothing-v0"}, ValueError, "unknown environment id"),
@@ -280,3 +280,33 @@ def test_an_attack_is_met_inside_a_normalisation_that_learns(tmp_path: Path) -> 
     assert RunInfo.load(tmp_path / "run").env.normalization is not None
     with pytest.raises(ValueError, match="units must be 'normalized'"):
         quick(tmp_path / "other", attack=ATTACKS["margin"](), threat=ThreatModel(norm=math.inf, step=0.1), normalize=True)
+
+
+def test_byte_pictures_are_attacked_in_whole_grey_levels_while_a_network_learns(tmp_path: Path) -> None:
+    env = EnvRecipe(factory=Pixels, max_episode_steps=20)
+    threat = ThreatModel(norm=math.inf, step=4)
+    model = quick(tmp_path / "run", env=env, attack=ATTACKS["margin"](), threat=threat, n_envs=1, timesteps=64)
+    assert model.observation_space.dtype == np.uint8
+    assert load_model(tmp_path / "run" / "model.zip").observation_space.shape == model.observation_space.shape
+
+
+@pytest.mark.parametrize(
+    ("env", "algo", "attack", "message"),
+    [
+        ("Pendulum-v1", "ppo", ATTACKS["margin"](), "Margin compares discrete actions"),
+        ("CartPole-v1", "dqn", "learned", "'learned' needs an algorithm with rollouts.*got algo dqn"),
+        ("CartPole-v1", "recurrent_ppo", ATTACKS["margin"](), "victim must have no memory"),
+    ],
+)
+def test_an_attack_that_cannot_serve_the_learner_leaves_no_folder(
+    env: str, algo: str, attack: Any, message: str, tmp_path: Path
+) -> None:
+    threat = ThreatModel(norm=math.inf, step=0.1)
+    with pytest.raises((TypeError, ValueError), match=message):
+        quick(tmp_path / "run", env=env, algo=algo, attack=attack, threat=threat, normalize=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_robustness_option_without_its_algorithm_says_what_takes_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"epsilon.*sa_ppo.*sa-ppo.*--attack"):
+        quick(tmp_path / "run", hyperparameters={"epsilon": 0.1})

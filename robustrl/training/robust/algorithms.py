@@ -20,7 +20,7 @@ from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor
 
-from robustrl.errors import check_choice, check_real
+from robustrl.errors import check_choice, check_real, with_type
 from robustrl.policy import PolicyView
 from robustrl.seeding import torch_generator
 from robustrl.threat import ThreatModel
@@ -47,6 +47,13 @@ class _Tools:
     generator: torch.Generator
 
 
+def _check_name(argument: str, value: object, known: Mapping[str, Any], else_: str) -> None:
+    """Raise ValueError for an unknown name, TypeError for what is no name."""
+    if not isinstance(value, str):
+        raise TypeError(f"{argument} must be {', '.join(map(repr, known))} or {else_}, got {with_type(value)}")
+    check_choice(argument, value, tuple(known))
+
+
 class _Robust(BaseAlgorithm):
     """What `SAPPO` and `SADQN` share; see there."""
 
@@ -70,9 +77,9 @@ class _Robust(BaseAlgorithm):
         if check_real("kappa", kappa, allowed="a finite number >= 0") < 0:
             raise ValueError(f"kappa must be a finite number >= 0, got {kappa}")
         if not isinstance(loss, Regularizer):
-            check_choice("loss", loss, tuple(self.losses))
+            _check_name("loss", loss, self.losses, "a Regularizer of robustrl.training.robust such as Consistency(noise)")
         if not callable(epsilon_schedule):
-            check_choice("epsilon_schedule", epsilon_schedule, tuple(SCHEDULES))
+            _check_name("epsilon_schedule", epsilon_schedule, SCHEDULES, "a Schedule of robustrl.training.robust or a function")
         self.epsilon, self.norm, self.kappa, self.loss = epsilon, norm, kappa, loss
         self.epsilon_schedule = epsilon_schedule
         super().__init__(policy, env, *args, **kwargs)

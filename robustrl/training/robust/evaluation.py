@@ -32,8 +32,8 @@ class RobustEvalCallback(BaseCallback):
         attacks: attack and budget by name, e.g. `{"mad": (GradientAttack(), ThreatModel(norm=inf, step=0.1))}`.
         every: environment steps between evaluations; the first comes after that many.
         episodes: per attack.
-        best: run directory or file for the best weights (`model.zip`, and `normalization.npz` of a learned normalisation); None to keep
-            none.
+        best: folder or zip file for the best weights; None to keep none. A folder gets `model.zip`, `best.json` and, of a learned
+            normalisation, `normalization.npz`; it is no run directory: `load_agent("runs/best/model.zip")`.
         deterministic: greedy actions, or sampled ones.
         seed: of the episodes.
 

@@ -85,7 +85,7 @@ def test_with_too_few_draws_nothing_is_certified() -> None:
 
 @pytest.mark.slow
 def test_grid_runs_keep_to_the_truth() -> None:
-    """Forty runs on a map of 5 x 5 home cells and a gap of lava."""
+    """Two hundred runs on a map of 5 x 5 home cells and a gap of lava."""
     text = "\n".join(
         ["l" * 13] * 2 + ["ll-sss-l--lll", "llsssssl---ll", "llssassl-g-ll", "llsssssl---ll", "ll-sss-l--lll"] + ["l" * 13] * 2
     )
@@ -94,7 +94,7 @@ def test_grid_runs_keep_to_the_truth() -> None:
         mdp, outcomes, safe = islands(text, slip=0.4)
         return World(mdp, outcomes, safe, nearby(text), 0.2)
 
-    assert runs_with_lies(make, range(40), 600, confidence="heuristic") <= binom.ppf(0.999, 40, 0.025)
+    assert runs_with_lies(make, range(200), 600, confidence="heuristic") <= binom.ppf(0.999, 200, 0.025)
 
 
 # Optimality, and the traps on the way -----------------------------------------------------------------------------------------

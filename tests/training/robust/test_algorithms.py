@@ -18,6 +18,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import Tensor
 
 import robustrl as rrl
+from robustrl import attacks
 from robustrl.training.robust import (
     SADQN,
     SAPPO,
@@ -269,6 +270,14 @@ def test_a_term_that_is_not_finite_stops_training() -> None:
         ({"kappa": math.nan}, "kappa must be a finite number >= 0"),
         ({"norm": 3}, "norm must be one of"),
         ({"loss": "crown"}, "loss must be one of 'sgld', 'pgd', 'ibp', 'radial'"),
+        (
+            {"loss": attacks.Margin()},
+            r"loss must be .* or a Regularizer of robustrl\.training\.robust.*Margin\(\) of type robustrl\.attacks",
+        ),
+        (
+            {"epsilon_schedule": rrl.Smoothed(torch.nn.Linear(4, 2), rrl.Gaussian(0.1))},
+            r"a Schedule of robustrl\.training\.robust.* of type robustrl\.certify",
+        ),
         ({"epsilon_schedule": "cosine"}, "epsilon_schedule must be one of 'linear', 'smoothed', 'constant'"),
         ({"loss": Margin()}, "loss Margin needs a policy whose scores are q"),
         ({"epsilon": rrl.ThreatModel(norm=2, step=1, units="normalized")}, "epsilon is in units 'normalized'"),
@@ -276,7 +285,7 @@ def test_a_term_that_is_not_finite_stops_training() -> None:
     ],
 )
 def test_bad_arguments_are_refused_before_training(options: dict[str, Any], match: str) -> None:
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((TypeError, ValueError), match=match):
         SAPPO("MlpPolicy", "Pendulum-v1", **options)
 
 
