@@ -53,6 +53,9 @@ class Knowledge:
         n_support: draws that make a pool known; default as many as the proof needs.
         on_violation: "raise", or "retract": pools that are contradicted never become known again.
 
+    Attributes:
+        contradicted: whether a draw has ever shown what was proven, or declared, not to happen.
+
     Raises:
         ValueError: if an argument is out of range or does not fit.
     """
@@ -88,6 +91,7 @@ class Knowledge:
         self.transfer = np.zeros(pairs)
         self.known = np.zeros(pairs, dtype=bool)
         self.barred = np.zeros(pairs, dtype=bool)
+        self.contradicted = False
         # What a pool may show: until it is known what all its readers may, then what it has shown.
         self.support = np.ones((pairs, n_slots), dtype=bool)
         candidates, valid = outcomes.candidates.reshape(pairs, n_slots), outcomes.valid.ravel()
@@ -97,7 +101,7 @@ class Knowledge:
     @property
     def proven(self) -> bool:
         """Whether what is known of supports is known with the stated confidence."""
-        return self.n_support >= self.proof_draws and not self.barred.any()
+        return self.n_support >= self.proof_draws and not self.contradicted
 
     @property
     def known_pairs(self) -> Flags:
@@ -183,6 +187,7 @@ class Knowledge:
 
     def _contradicted(self, pools: Integers, pair: int, slot: int) -> None:
         """A draw that some pools were said not to show."""
+        self.contradicted = True
         state, action = divmod(pair, self.outcomes.n_actions)
         if self.on_violation == "raise":
             reader = divmod(int(np.flatnonzero(self.pool_of == pools[0])[0]), self.outcomes.n_actions)

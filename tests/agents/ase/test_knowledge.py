@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import numpy as np
@@ -78,6 +79,21 @@ def test_what_a_known_pair_has_not_shown_is_impossible_from_then_on_and_a_contra
     with pytest.raises(ModelViolation, match="analogy is false"):
         found.record(0, 2, 1)
     assert (found.counts == before).all()
+
+
+def test_what_was_contradicted_once_is_never_proven_again() -> None:
+    """Also where the contradiction is raised: whoever catches it must not go on as if nothing had happened."""
+    of = late_proof()
+    for choice in ("raise", "retract"):
+        found = knowledge(of, on_violation=choice)
+        for _ in range(found.n_support):
+            found.record(1, 1, 0)
+        assert found.proven
+        assert not found.contradicted
+        with contextlib.suppress(ModelViolation):
+            found.record(1, 1, 1)
+        assert found.contradicted
+        assert not found.proven
 
 
 def test_analogues_closer_than_twice_tau_are_used_and_others_refused() -> None:
