@@ -3,7 +3,7 @@
     python experiments/exploration.py [--only two-islands] [--workers 2]
 
 Two islands (the setting of the specification's prototype): 50 seeds of ASE and undirected ASE with the true smallest probability, .3, as
-tau, 10 with tau = .1, 10 of every other learner. Five islands and the platformer: 5 seeds of each. Runs that are there are kept. Results go
+tau, 10 with tau = .1, 10 of every other learner. Five islands: 10 seeds of each; the platformer: 5. Runs that are there are kept. Results go
 to experiments/results/exploration/<world>/: `summary.md`, `curves.csv`, `curves.png`, a map and an animation of the safe set growing;
 agents, certificates and TensorBoard logs to experiments/cache/exploration/.
 """
@@ -42,8 +42,8 @@ OTHERS = {name: 10 for name in AGENTS if not name.endswith("ase")}
 WORLDS = {
     "two-islands": World("robustrl/LavaIslands-v0", 2_200, {"ase": 50, "undirected-ase": 50, **OTHERS}),
     "two-islands-tau-0.1": World("robustrl/LavaIslands-v0", 4_200, {"ase": 10}, options={"tau": 0.1}),
-    "five-islands": World("robustrl/LavaIslands-v0", 15_000, dict.fromkeys(AGENTS, 5), env_kwargs={"map": "five_islands"}),
-    "platformer": World("robustrl/DiscretePlatformer-v0", 15_000, dict.fromkeys(AGENTS, 5)),
+    "five-islands": World("robustrl/LavaIslands-v0", 4_000, dict.fromkeys(AGENTS, 10), env_kwargs={"map": "five_islands"}),
+    "platformer": World("robustrl/DiscretePlatformer-v0", 12_000, dict.fromkeys(AGENTS, 5)),
 }
 
 
