@@ -28,7 +28,7 @@ from robustrl.mdp.unsafe import Unsafe
 
 Flags = NDArray[np.bool_]
 Integers = NDArray[np.int64]
-FORMAT = 1
+FORMAT = 2
 
 
 class UnsafeStateError(RuntimeError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,18 +28,28 @@ class Declaration:
     """Prior knowledge of a finite environment.
 
     Args:
-        outcomes: what every pair of state and action may lead to; the outcomes of `safe_set` are cut to what stays in it.
+        declared: what every pair of state and action may lead to.
         safe_set: pairs that are safe to begin with, bool (S, A), or None if nobody knows any.
         analogy: which pairs behave alike.
         tau: a lower bound of every positive probability, or None.
         mdp: the truth, where it is known; only checks and oracles look at it, no learner does.
+
+    Attributes:
+        outcomes: what is learnt with: `declared`, but pairs of `safe_set` stay in it.
+
+    Raises:
+        ValueError: if a pair of `safe_set`, or a start, cannot do so.
     """
 
-    outcomes: Outcomes
+    declared: Outcomes
     safe_set: Flags | None
     analogy: Analogy
     tau: float | None
     mdp: TabularMDP | None = None
+    outcomes: Outcomes = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "outcomes", self.declared if self.safe_set is None else cut(self.declared, self.safe_set))
 
     @classmethod
     def of(
@@ -75,9 +85,6 @@ class Declaration:
             outcomes = dataclasses.replace(outcomes, gamma=gamma)
         given = getattr(inner, "safe_set", None) if safe_set is None else safe_set
         known = None if given is None else _safe_pairs(given, outcomes, mdp)
-        if known is not None:
-            outcomes = cut(outcomes, known)
-            known = known & outcomes.valid
         alike = getattr(inner, "analogy", None) if analogy is None else analogy
         if not isinstance(alike, Analogy | None):
             raise TypeError(f"analogy must be a robustrl Analogy, got {type(alike).__name__}")
@@ -94,11 +101,11 @@ class Declaration:
         """Plain data and arrays that `from_arrays` builds the same declaration from; the truth is left out."""
         plain: dict[str, Any] = {
             "tau": self.tau,
-            "gamma": self.outcomes.gamma,
+            "gamma": self.declared.gamma,
             "analogy": {"kind": type(self.analogy).__name__},
         }
         names = ("successors", "candidates", "rewards", "dangerous", "terminal", "start")
-        arrays = {f"outcomes.{name}": np.asarray(getattr(self.outcomes, name)) for name in names}
+        arrays = {f"outcomes.{name}": np.asarray(getattr(self.declared, name)) for name in names}
         if self.safe_set is not None:
             arrays["safe_set"] = self.safe_set
         for item in dataclasses.fields(self.analogy):
