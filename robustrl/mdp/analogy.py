@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from robustrl.errors import check_count, check_real
-from robustrl.mdp.outcomes import Outcomes
+from robustrl.mdp.model import ROUNDING
+from robustrl.mdp.outcomes import Flags, Outcomes
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -109,7 +110,7 @@ class Analogy:
         return _sparse(outcomes.valid.size, rows, columns, np.array([found for *_, found in claims]), slots)
 
     def on(self, outcomes: Outcomes) -> Analogy:
-        """This analogy for the pairs of `outcomes`.
+        """This analogy for the pairs of `outcomes`. Nothing is claimed of those that can never be taken: they have no draws to share.
 
         Raises:
             ValueError: if it was made for another number of pairs.
@@ -118,6 +119,10 @@ class Analogy:
             return replace(self, n_pairs=outcomes.valid.size)
         if self.n_pairs != outcomes.valid.size:
             raise ValueError(f"analogy must relate {outcomes.valid.size} pairs of state and action, got {self.n_pairs}")
+        return self._among(outcomes.nonterminal.ravel())
+
+    def _among(self, taken: Flags) -> Analogy:
+        """The claims about some pairs (S A,)."""
         return self
 
     @cached_property
@@ -149,7 +154,8 @@ class Analogy:
         return np.zeros(len(self.members(pool)))
 
     def usable(self, tau: float, max_distance: float = 2.0) -> Analogy:
-        """The part from which supports can be learnt when positive probabilities are at least `tau`: distances below 2 tau.
+        """The part from which supports can be learnt when positive probabilities are at least `tau`: distances below 2 tau, with
+        a margin for rounding.
 
         Two aligned distributions closer than that, each of whose positive probabilities is at least tau, have one support: a slot that only
         one of them has moves l1 mass tau, and as both sum to 1 another tau comes back elsewhere.
@@ -158,7 +164,7 @@ class Analogy:
             raise ValueError(f"tau must be in (0, 1], got {tau}")
         if not 0 <= check_real("max_distance", max_distance) <= 2:
             raise ValueError(f"max_distance must be in [0, 2], got {max_distance}")
-        return self._within(2 * tau, max_distance)
+        return self._within(2 * tau - ROUNDING, max_distance)
 
     def _within(self, below: float, at_most: float) -> Analogy:
         return self
@@ -166,6 +172,10 @@ class Analogy:
     def align(self, pair: int, pool: int, slot: int) -> int:
         """The pool's slot that a draw of the pair's slot counts for."""
         return slot
+
+    def aligned(self, pool: int, counts: Integers) -> Integers:
+        """Counts (members, K) of the pool's members, each in the order of the pool's own slots."""
+        return counts
 
     def related(self) -> Iterator[Relation]:
         """Every claim, in batches; exact ones that follow from others by transitivity may be left out."""
@@ -180,25 +190,34 @@ class _Classes(Analogy):
     def pool_of(self) -> NDArray[np.int32]:
         return self.label.astype(np.int32)
 
+    def _among(self, taken: Flags) -> Analogy:
+        return replace(self, label=_apart(self.label, taken))
+
     @cached_property
-    def _by_class(self) -> list[Integers]:
-        return np.split(np.argsort(self.label, kind="stable"), np.cumsum(np.bincount(self.label))[:-1])
+    def _by_class(self) -> Integers:
+        return np.argsort(self.label, kind="stable")
+
+    @cached_property
+    def _starts(self) -> Integers:
+        return np.append(0, np.cumsum(np.bincount(self.label)))
 
     def feeds(self, pair: int) -> Integers:
         return self.label[pair : pair + 1]
 
     def _members(self, pool: int) -> Integers:
-        return self._by_class[pool]
+        return self._by_class[self._starts[pool] : self._starts[pool + 1]]
 
     def related(self) -> Iterator[Relation]:
-        first = np.array([members[0] for members in self._by_class])[self.label]
-        yield np.arange(self.n_pairs), first, np.zeros(self.n_pairs), None
+        yield np.arange(self.n_pairs), self._by_class[self._starts[self.label]], np.zeros(self.n_pairs), None
 
 
 @dataclass(frozen=True, eq=False)
 class _Box(Analogy):
     terrain: Integers  # (height, width, A)
     radius: int
+
+    def _among(self, taken: Flags) -> Analogy:
+        return replace(self, terrain=_apart(self.terrain, taken.reshape(self.terrain.shape)))
 
     @cached_property
     def _ids(self) -> Integers:
@@ -240,8 +259,13 @@ class _Sparse(Analogy):
     def distances(self, pool: int) -> Floats:
         return self.l1[self._entries(pool)]
 
+    def _among(self, taken: Flags) -> Analogy:
+        return self._kept((self._rows == self.columns) | (taken[self._rows] & taken[self.columns]))
+
     def _within(self, below: float, at_most: float) -> Analogy:
-        keep = (self.l1 < below) & (self.l1 <= at_most)
+        return self._kept(((self.l1 < below) | (self.l1 == 0)) & (self.l1 <= at_most))
+
+    def _kept(self, keep: Flags) -> Analogy:
         rows, slots = self._rows[keep], None if self.slots is None else self.slots[keep]
         starts = np.searchsorted(rows, np.arange(self.n_pairs + 1))
         return replace(self, starts=starts, columns=self.columns[keep], l1=self.l1[keep], slots=slots)
@@ -252,12 +276,21 @@ class _Sparse(Analogy):
         entries = self._entries(pair)
         return int(self.slots[entries.start + np.searchsorted(self.columns[entries], pool), slot])
 
+    def aligned(self, pool: int, counts: Integers) -> Integers:
+        return counts if self.slots is None else np.take_along_axis(counts, self.slots[self._entries(pool)], 1)
+
     @cached_property
     def _rows(self) -> Integers:
         return np.repeat(np.arange(self.n_pairs), np.diff(self.starts))
 
     def related(self) -> Iterator[Relation]:
         yield self._rows, self.columns, self.l1, self.slots
+
+
+def _apart(label: Integers, taken: Flags) -> Integers:
+    """Numbers 0, 1, ... of the labels, after every pair that is not taken has got one of its own."""
+    alone = int(label.max()) + 1 + np.arange(label.size).reshape(label.shape)
+    return np.unique(np.where(taken, label, alone), return_inverse=True)[1].reshape(label.shape)
 
 
 def _sparse(n: int, rows: Any, columns: Any, l1: Any, slots: NDArray[Any] | None) -> _Sparse:

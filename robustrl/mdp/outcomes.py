@@ -23,7 +23,8 @@ class Outcomes:
     """A finite MDP up to its transition probabilities: K outcome slots for every pair of state and action.
 
     Slots, not successors, are what is counted: two pairs are analogous when their slots fire with the same probabilities, wherever
-    the slots lead. No two candidate slots of a pair may agree in successor, reward and termination, so that a step says which fired.
+    the slots lead. No two candidate slots of a pair may agree in successor, reward and termination, so that a step says which fired;
+    rewards must differ in single precision, in which a VecEnv hands them out.
 
     Args:
         successors: state that a slot leads to, int (S, A, K).
@@ -75,16 +76,18 @@ class Outcomes:
 
     def _check_distinct(self) -> None:
         n_slots = self.n_slots
+        with np.errstate(over="ignore"):
+            seen = self.rewards.astype(np.float32)
         for one in range(n_slots):
             for other in range(one + 1, n_slots):
                 same = self.candidates[..., one] & self.candidates[..., other]
-                for values in (self.successors, self.rewards, self.terminal):
+                for values in (self.successors, seen, self.terminal):
                     same &= values[..., one] == values[..., other]
                 if same.any():
                     state, action = np.argwhere(same)[0]
                     raise ValueError(
-                        f"candidate slots must differ in successor, reward or termination, slots {one} and {other} of "
-                        f"state {state}, action {action} do not: merge them"
+                        f"candidate slots must differ in successor, reward (in single precision) or termination, slots {one} and "
+                        f"{other} of state {state}, action {action} do not: merge them"
                     )
 
     @property

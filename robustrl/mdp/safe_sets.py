@@ -33,7 +33,8 @@ class Leak(NamedTuple):
 class AnalogyCheck(NamedTuple):
     """How far the truth is beyond a claim: the largest (true l1 distance - claimed distance), and whose it is.
 
-    `pair` and `analogue` are (state, action), None where nothing is claimed. Exact classes are compared with their first pair.
+    `pair` and `analogue` are (state, action), None where nothing is claimed. Exact classes are compared with the first of
+    their pairs that may be taken.
     """
 
     worst_excess: float
@@ -228,14 +229,17 @@ def safe_oracle(mdp: TabularMDP, outcomes: Outcomes, safe: ArrayLike) -> Flags:
 
 
 def learnable_oracle(mdp: TabularMDP, outcomes: Outcomes, safe: ArrayLike, analogy: Analogy, tau: float) -> Flags:
-    """What of it (S, A) can be learnt from inside: pairs become known through analogues, less than 2 `tau` away, in the safe set."""
+    """What of it (S, A) can be learnt from inside: pairs become known through analogues, less than 2 `tau` away, that the safe set
+    leads to from the start."""
     support, analogy = _true_support(mdp, outcomes), analogy.on(outcomes).usable(tau)
     found, taught = outcomes.pairs("safe", safe), np.zeros(outcomes.valid.size, dtype=bool)
-    visited = np.zeros_like(taught)
+    start, visited = np.append(np.asarray(outcomes.start) > 0, False), np.zeros_like(found)
     while True:
-        for pair in np.flatnonzero(found.ravel() & ~visited):
+        inside = _Pairs.of(outcomes, found, support)
+        met = found & inside.reached(np.ones(len(inside.state), dtype=bool), start)[:-1, None]
+        for pair in np.flatnonzero(met & ~visited):
             taught[analogy.feeds(int(pair))] = True
-        visited = found.ravel().copy()
+        visited = met
         known = taught[analogy.pool_of].reshape(found.shape) & outcomes.valid
         larger = expand(outcomes, found, known, support)
         if (larger == found).all():
@@ -247,10 +251,9 @@ def validate_analogy(mdp: TabularMDP, outcomes: Outcomes, analogy: Analogy) -> A
     """Compare what an analogy claims with the true MDP, over the pairs that an agent may come to take."""
     _true_support(mdp, outcomes)
     p = mdp.probabilities.reshape(-1, outcomes.n_slots)
-    taken = outcomes.nonterminal.ravel()
     worst: tuple[float, tuple[int, int] | None, tuple[int, int] | None] = (0.0, None, None)
     for one, other, claimed, slots in analogy.on(outcomes).related():
-        matter = np.flatnonzero(taken[one] & taken[other] & (one != other))
+        matter = np.flatnonzero(one != other)
         if not matter.size:
             continue
         one, other, claimed = one[matter], other[matter], claimed[matter]

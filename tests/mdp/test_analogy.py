@@ -91,6 +91,30 @@ def test_a_box_holds_the_same_action_on_the_same_terrain_near_by() -> None:
         assert a0 == x % 2
 
 
+@pytest.mark.parametrize("analogy", FORMS)
+def test_nothing_is_claimed_of_pairs_that_can_never_be_taken(analogy: Analogy) -> None:
+    """State 1 of three is never entered: its pairs stand alone, all other claims stay."""
+    to = np.array([0, 1, 0])[:, None, None] * np.ones((1, 2, 2), dtype=int)
+    to[0, :, 1] = 2
+    none = np.zeros((3, 2, 2), dtype=bool)
+    outcomes = Outcomes(to, ~none, np.arange(2) * np.ones((3, 2, 1)), none, none)
+    if analogy is FORMS[3] or analogy is FORMS[4]:  # six states of one action: the second half hangs on the first
+        to = np.array([0, 1, 0, 4, 0, 0])[:, None, None] * np.ones((1, 1, 2), dtype=int)
+        to[0, :, 1], to[2, :, 1], to[4, :, 1] = 2, 4, 5
+        none = np.zeros((6, 1, 2), dtype=bool)
+        outcomes = Outcomes(to, ~none, np.arange(2) * np.ones((6, 1, 1)), none, none)
+    taken = outcomes.nonterminal.ravel()
+    assert not taken.all()
+
+    def claims(of: Analogy) -> set[tuple[int, int]]:
+        return {(x, int(y)) for x in range(6) for y in of.members(int(of.pool_of[x]))}
+
+    fitted = analogy.on(outcomes)
+    assert claims(fitted) == {(x, y) for x, y in claims(analogy) if x == y or (taken[x] and taken[y])}
+    assert claims(fitted.on(outcomes)) == claims(fitted)
+    assert fitted.n_pools(outcomes) == np.unique(analogy.pool_of[taken]).size
+
+
 def test_unions_cover_only_pools_that_somebody_may_read() -> None:
     """Pairs that do not exist or are never come to need no proof."""
     mdp, outcomes, _ = islands()
@@ -109,6 +133,9 @@ def test_only_distances_below_twice_tau_are_usable() -> None:
     assert analogy.usable(0.31, max_distance=0.2).members(4).tolist() == [4]
     assert analogy.usable(0.31, max_distance=0.2).members(1).tolist() == [0, 1, 2]  # at most is allowed to be equal
     assert analogy.usable(0.01).members(1).tolist() == [1, 2]  # exact ones always are
+    assert analogy.usable(1e-12).members(1).tolist() == [1, 2]
+    rounded = Analogy.sparse(matrix({(0, 1): 2 * 0.1 - 1e-12, (1, 0): 2 * 0.1 - 1e-12}, 2))
+    assert rounded.usable(0.1).members(0).tolist() == [0]  # too close to 2 tau to tell on which side the truth is
     for exact in FORMS[:6]:
         assert exact.usable(0.01).members(0).tolist() == exact.members(0).tolist()
 
@@ -163,6 +190,8 @@ def test_a_draw_counts_for_the_slot_that_answers_it() -> None:
     assert [analogy.align(0, 1, k) for k in range(3)] == [1, 2, 0]
     assert [analogy.align(1, 0, k) for k in range(3)] == [2, 0, 1]
     assert [analogy.align(3, 3, k) for k in range(3)] == [0, 1, 2]
+    assert analogy.aligned(0, np.array([[1, 2, 3], [5, 6, 7]])).tolist() == [[1, 2, 3], [6, 7, 5]]
+    assert Analogy.classes([[0], [0]]).aligned(0, np.array([[1, 2, 3], [5, 6, 7]])).tolist() == [[1, 2, 3], [5, 6, 7]]
     outcomes = world(4, 1, 3)
     same = Analogy.from_functions(
         lambda s, _, s2, __: 0.0 if {s, s2} <= {0, 1} else None,

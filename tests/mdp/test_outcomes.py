@@ -70,6 +70,18 @@ def test_outcomes_that_cannot_be_told_apart_must_be_merged_first() -> None:
     assert (split.merged().outcomes().candidates == (split.merged().probabilities > 0)).all()
 
 
+@pytest.mark.parametrize(("less", "more", "apart"), [(1.0, 1.0 + 1e-9, False), (1e300, 2e300, False), (1.0, 1.0 + 1e-6, True)])
+def test_rewards_must_differ_in_single_precision(less: float, more: float, apart: bool) -> None:
+    """As a VecEnv hands them out: a dangerous outcome must not pass for its harmless twin."""
+    none = np.zeros((1, 1, 2), dtype=bool)
+    rewards = np.array([[[less, more]]])
+    if apart:
+        Outcomes(none.astype(int), ~none, rewards, rewards == more, none)
+        return
+    with pytest.raises(ValueError, match=r"reward \(in single precision\).*slots 0 and 1"):
+        Outcomes(none.astype(int), ~none, rewards, rewards == more, none)
+
+
 def test_gymnasium_tables_are_merged() -> None:
     lake = gym.make("FrozenLake-v1")
     found = TabularMDP.from_gymnasium(lake)

@@ -274,6 +274,27 @@ def test_what_is_learnt_opens_what_can_be_learnt_next() -> None:
     assert (learnable_oracle(mdp, outcomes, home, near, 0.5) == safe_oracle(mdp, outcomes, home)).all()
 
 
+def test_only_pairs_that_the_safe_set_leads_to_teach() -> None:
+    """State 3 belongs to the first safe set, but nothing leads there: its draws, which would teach (1, 1), are never made."""
+    to = np.array([[[0, 1]] * 2, [[0, 1], [2, 1]], [[2, 2]] * 2, [[0, 0]] * 2])
+    p = np.array([0.7, 0.3]) * np.ones((4, 2, 1))
+    p[1, 1], p[3, 1] = [0.4, 0.6], [0.4, 0.6]
+    rewards, none = np.arange(2) * np.ones((4, 2, 1)), np.zeros((4, 2, 2), dtype=bool)
+    ends = none.copy()
+    ends[2] = True
+    mdp, outcomes = TabularMDP(to, p, rewards, ends, 0.9), Outcomes(to.astype(np.int32), ~none, rewards, none, ends, 0.9)
+    home = np.array([[True, True], [True, False], [False, False], [True, True]])
+    alike = Analogy.classes([[0, 0], [0, 1], [0, 0], [0, 1]])
+    everything = safe_oracle(mdp, outcomes, home)
+    assert everything.all()
+    assert (learnable_oracle(mdp, outcomes, home, alike, 0.3) == home).all()
+    entered = to.copy()
+    entered[0, 1, 1] = 3
+    mdp = TabularMDP(entered, p, rewards, ends, 0.9)
+    outcomes = Outcomes(entered.astype(np.int32), ~none, rewards, none, ends, 0.9)
+    assert learnable_oracle(mdp, outcomes, home, alike, 0.3).all()
+
+
 def test_only_analogues_closer_than_twice_the_smallest_probability_teach() -> None:
     mdp, outcomes = line(False, n=6)
     home = np.zeros((6, 2), dtype=bool)
@@ -362,6 +383,20 @@ def test_a_false_analogy_is_found_with_the_pair_that_is_worst() -> None:
     assert validate_analogy(mdp, outcomes, Analogy.box((1, 6), 2, 5, terrain=by_action)).holds
     assert validate_analogy(mdp, outcomes, Analogy.none()) == (0.0, None, None)
     assert validate_analogy(mdp, outcomes, Analogy.classes(np.arange(12).reshape(6, 2) % 2)).worst_excess == 2.0
+
+
+def test_a_class_whose_first_pair_is_never_taken_is_checked_all_the_same() -> None:
+    """State 0 is never entered; the two others share a class, and their probabilities are 1.6 apart."""
+    to = np.array([[[1, 2]], [[1, 2]], [[2, 1]]])
+    p = np.array([[[0.5, 0.5]], [[0.9, 0.1]], [[0.1, 0.9]]])
+    start = np.array([0.0, 1.0, 0.0])
+    mdp = TabularMDP(to, p, np.zeros((3, 1, 2)), gamma=0.9, start=start)
+    none = np.zeros((3, 1, 2), dtype=bool)
+    outcomes = Outcomes(to.astype(np.int32), ~none, np.zeros((3, 1, 2)), none, none, 0.9, start)
+    found = validate_analogy(mdp, outcomes, Analogy.classes([[0], [0], [0]]))
+    assert found.worst_excess == pytest.approx(1.6)
+    assert (found.pair, found.analogue) == ((2, 0), (1, 0))
+    assert validate_analogy(mdp, outcomes, Analogy.classes([[0], [1], [0]])).pair is None
 
 
 def test_the_excess_is_what_a_brute_force_over_all_related_pairs_finds() -> None:
