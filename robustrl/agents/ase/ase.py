@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from robustrl.agents.ase.base import TabularAgent, UnsafeStateError
 from robustrl.agents.ase.declaration import SafeSet
 from robustrl.agents.ase.knowledge import Flags, Integers, Knowledge, Sharing
-from robustrl.agents.ase.planner import Mode, Planner
+from robustrl.agents.ase.planner import TOLERANCE, Mode, Planner
 from robustrl.agents.ase.shield import SafeActionMask
 from robustrl.certify.safe_set import SafeSetCertificate
 from robustrl.errors import check_alpha, check_choice, check_count, check_positive
@@ -55,16 +55,22 @@ class SafeLearner(TabularAgent):
             beta=beta, n_support=n_support, on_violation=on_violation,
         )  # fmt: skip
 
+    def _contradicted(self, why: str, declared: bool) -> None:
+        self.knowledge.contradicted = True
+        if self.on_violation == "raise" or not declared:
+            super()._contradicted(why, declared)
+
     def _pack(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         found = self.knowledge
         names = ("visits", "counts", "totals", "transfer", "known", "barred", "support")
-        return {}, {f"knowledge.{name}": getattr(found, name) for name in names}
+        return {"contradicted": found.contradicted}, {f"knowledge.{name}": getattr(found, name) for name in names}
 
     def _unpack(self, plain: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
         for name in ("visits", "counts", "totals", "transfer", "known", "barred", "support"):
             if arrays[f"knowledge.{name}"].shape != getattr(self.knowledge, name).shape:
                 raise ValueError(f"{name} has another shape than the declared outcomes")
             setattr(self.knowledge, name, arrays[f"knowledge.{name}"])
+        self.knowledge.contradicted = plain["contradicted"]
 
     def _facts(self) -> dict[str, Any]:
         return {"safety/known_pools": int(self.knowledge.known.sum())}
@@ -100,7 +106,8 @@ class ASE(SafeLearner):
         replan_every: plan at least that often, in steps; default when the draws of a visited pool have grown by half, or one
             that matters became known.
         on_violation: "raise" a ModelViolation when the environment contradicts the assumptions, or "retract" what rested on them:
-            the agent goes on from `safe_set` without any guarantee.
+            the agent goes on from `safe_set`. Either way nothing is certified any more, for good. An outcome that was not declared
+            at all always raises.
         stop_on_gap: stop learning when the bounds of the return from the start are that close.
         beta: of the radius "heuristic".
         n_support: draws after which all outcomes of a pair are believed to have been seen; default as many as the proof needs.
@@ -153,7 +160,7 @@ class ASE(SafeLearner):
         self._stale, self._n_barred = True, 0
         self._gap: float | None = None
         self._before = np.full(self.outcomes.n_states, -1)
-        self._greedy: tuple[int, Integers] | None = None
+        self._greedy: Integers | None = None
 
     @property
     def safe_set(self) -> Flags:
@@ -207,7 +214,7 @@ class ASE(SafeLearner):
         self.planner.plan()
         self._due = self.knowledge.next_look()
         self._planned_at, self._stale = self.num_timesteps, False
-        self._gap = None
+        self._gap = self._greedy = None
         if self.stop_on_gap is not None and self.planner.mode != "explore":
             self._value_gap()
         if self.planner.mode == "stuck" and before != "stuck" and self.verbose:
@@ -227,34 +234,39 @@ class ASE(SafeLearner):
         self._stale = True
 
     def greedy(self) -> Integers:
-        """The policy (S,) to use what was learnt with: in mode "explore" the one with the largest proven return."""
+        """The policy (S,) to use what was learnt with: the one in the safe set with the largest return that is proven."""
         if self._stale:
             self._plan()
-        if self.planner.mode != "explore":
-            return self.planner.policy
-        if self._greedy is None or self._greedy[0] != self.planner.n_plans:
-            found = optimise(self.knowledge.beliefs(), allowed=self.planner.safe, optimistic=False)
-            self._greedy = self.planner.n_plans, found.policy
-        return self._greedy[1]
+        if self._greedy is None:
+            found = optimise(
+                self.knowledge.beliefs(), allowed=self.planner.safe, optimistic=False, tolerance=TOLERANCE * self.planner.scale
+            )
+            self._greedy = found.policy
+        return self._greedy
 
     def certificate(self) -> SafeSetCertificate:
         """What is proven now: the safe set, and bounds of the return of the policy that `predict` follows."""
-        knowledge = self.knowledge
+        knowledge, policy = self.knowledge, self.greedy()  # may plan anew
         return SafeSetCertificate.of(
-            knowledge.evidence(self.planner.home, np.where(self.planner.safe.any(1), self.greedy(), -1)),
+            knowledge.evidence(self.planner.home, policy),
             delta_s=knowledge.delta_s,
             delta_p=knowledge.delta_p,
             tau=knowledge.tau,
             n_support=knowledge.n_support,
             n_pools=knowledge.n_pools,
             values=knowledge.confidence == "laplace",
-            contradicted=bool(knowledge.barred.any()),
+            contradicted=knowledge.contradicted,
             provenance={"agent": type(self).__name__, "num_timesteps": self.num_timesteps, "sharing": knowledge.sharing},
         )
 
     def shield(self, env: Any) -> SafeActionMask:
-        """The safe set as action masks for another learner in `env`."""
-        return SafeActionMask(env, self.planner.safe, outcomes=self.outcomes, support=self.knowledge.possible)
+        """The safe set as action masks for another learner in `env`.
+
+        Raises:
+            ValueError: if that is another environment than the agent's.
+        """
+        self.declaration.check(env)
+        return SafeActionMask(env, self.planner.safe, outcomes=self.declaration.declared, support=self.knowledge.possible)
 
     def _facts(self) -> dict[str, Any]:
         gap = self._value_gap()
@@ -275,6 +287,7 @@ class ASE(SafeLearner):
             **{f"planner.{name}": array for name, array in learnt.items()},
             "due": self._due,
             "before": self._before,
+            **({} if self._greedy is None else {"greedy": self._greedy}),
         }
 
     def _unpack(self, plain: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
@@ -282,7 +295,7 @@ class ASE(SafeLearner):
         prefix = "planner."
         learnt = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
         self.planner.unpack(plain["planner"], learnt)
-        self._due, self._before = arrays["due"], arrays["before"]
+        self._due, self._before, self._greedy = arrays["due"], arrays["before"], arrays.get("greedy")
         self._planned_at, self._stale = plain["planned_at"], plain["stale"]
         self._gap, self._n_barred = plain["gap"], int(self.knowledge.barred.sum())
 

@@ -19,7 +19,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 
-from robustrl.agents.ase.declaration import Declaration, SafeSet
+from robustrl.agents.ase.declaration import Declaration, SafeSet, reward_scale
 from robustrl.errors import check_count
 from robustrl.files import write_atomically
 from robustrl.mdp.analogy import Analogy
@@ -94,7 +94,7 @@ class TabularAgent(BaseAlgorithm):
         ):
             if not isinstance(space, spaces.Discrete) or space.n != size:
                 raise ValueError(f"{name} of the environment must be Discrete({size}), got {space}")
-        self.unsafe_visits = 0
+        self.unsafe_visits, self._scale = 0, reward_scale(declared.declared)
         self._slots: dict[tuple[int, int, int, float, bool], int] = {}
         self.set_random_seed(seed)
 
@@ -120,6 +120,10 @@ class TabularAgent(BaseAlgorithm):
         mask: Flags = self.outcomes.valid[state]
         return mask
 
+    def _contradicted(self, why: str, declared: bool) -> None:
+        """The environment did what was excluded; `declared` says whether it was possible at least before the first safe set."""
+        raise ModelViolation(why)
+
     def _facts(self) -> dict[str, Any]:
         """What the log shows beside the counters."""
         return {}
@@ -142,19 +146,14 @@ class TabularAgent(BaseAlgorithm):
                 self.env.seed(seed)
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
-        """Go on in another environment with the same declaration.
+        """Go on in another copy of the environment.
 
         Raises:
-            ValueError: if its spaces or its declared outcomes are others.
+            ValueError: if it is another environment, as far as both say what they are, or says nothing.
         """
-        super().set_env(env, force_reset)
-        known = getattr(_inner(self.env), "outcomes", None)
-        mine = self.outcomes.successors, self.outcomes.rewards, self.outcomes.terminal
-        if known is not None and (
-            known.rewards.shape != self.outcomes.rewards.shape
-            or any((a != b).any() for a, b in zip(mine, (known.successors, known.rewards, known.terminal), strict=True))
-        ):
-            raise ValueError("env must have the outcomes that the agent was made for, it declares others")
+        wrapped = self._wrap_env(env, self.verbose)
+        self.declaration.check(_inner(wrapped))
+        super().set_env(wrapped, force_reset)
 
     def learn(
         self,
@@ -175,7 +174,8 @@ class TabularAgent(BaseAlgorithm):
             reset_num_timesteps: count steps from 0 and reset the environment. What was learnt stays.
             progress_bar: show one.
         Raises:
-            ModelViolation: if the environment contradicts what was declared.
+            ModelViolation: if the environment contradicts what was declared. The step that did so is counted, also its danger where the
+                outcome was declared at all.
             ValueError: if the agent has no environment.
         """
         if self.env is None:
@@ -193,16 +193,20 @@ class TabularAgent(BaseAlgorithm):
             taken = self._act(state)
             action[0] = taken + self._first_action
             self._last_obs, rewards, dones, infos = env.step(action)  # type: ignore[assignment]
+            self.num_timesteps += 1
             info, ended = infos[0], bool(dones[0]) and not infos[0].get("TimeLimit.truncated", False)
             after = self.state_of(info["terminal_observation"] if dones[0] else self._last_obs)
             slot = self._slot(state, taken, after, float(rewards[0]), ended)
             cost = int(self.outcomes.dangerous[state, taken, slot])
             self.unsafe_visits += cost
-            self.num_timesteps += 1
+            if not self.outcomes.candidates[state, taken, slot]:
+                self._contradicted(
+                    f"state {state}, action {taken} left the first safe set by slot {slot}: it is not closed", True
+                )
             self._observe(state, taken, slot, after, ended)
             following = self.state_of(self._last_obs)
-            info.setdefault("cost", cost)
-            info.update(cost_sum=self.unsafe_visits, certified=self.certified, safe_actions=self.safe_actions(following))
+            info.update(cost=cost, cost_sum=self.unsafe_visits)
+            info.update(certified=self.certified, safe_actions=self.safe_actions(following))
             self._update_info_buffer(infos, dones)
             callbacks.update_locals(locals())
             running = callbacks.on_step()
@@ -361,19 +365,20 @@ class TabularAgent(BaseAlgorithm):
         return int(np.asarray(observation).item()) - self._first_state
 
     def _slot(self, state: int, action: int, successor: int, reward: float, ended: bool) -> int:
-        """Which slot a step has shown. VecEnv hands rewards out in single precision."""
+        """Which declared slot a step has shown. VecEnv hands rewards out in single precision."""
         key = (state, action, successor, reward, ended)
         found = self._slots.get(key)
         if found is None:
-            known = self.outcomes
+            known = self.declaration.declared
             fits = known.candidates[state, action] & (known.successors[state, action] == successor)
             fits &= known.terminal[state, action] == ended
             off = np.where(fits, np.abs(known.rewards[state, action] - reward), np.inf)
             found = int(off.argmin())
-            if not off[found] <= 1e-6 * max(1.0, abs(reward)):
-                raise ModelViolation(
+            if not off[found] <= 1e-6 * max(self._scale, abs(reward)):
+                self._contradicted(
                     f"state {state}, action {action} led to state {successor} with reward {reward:g}, terminated={ended}: "
-                    "no outcome that was declared possible"
+                    "no outcome that was declared possible",
+                    False,
                 )
             self._slots[key] = found
         return found
@@ -399,10 +404,10 @@ def _under(prefix: str, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[An
 
 
 def _inner(env: VecEnv | None) -> Any:
-    """The one environment behind a VecEnv."""
+    """The one environment, with its wrappers, behind a VecEnv."""
     if env is not None and unwrap_vec_normalize(env) is not None:
         raise ValueError("env must pay its own rewards: a VecNormalize makes outcomes unrecognisable")
     base = env.unwrapped if env is not None else None
     if not isinstance(base, DummyVecEnv) or base.num_envs != 1:
         raise ValueError(f"env must be one environment of this process, got {base}")
-    return base.envs[0].unwrapped
+    return base.envs[0]

@@ -11,9 +11,23 @@ from numpy.typing import NDArray
 from robustrl.agents.ase.ase import SafeLearner
 from robustrl.agents.ase.base import TabularAgent, UnsafeStateError
 from robustrl.agents.ase.knowledge import Flags, Floats, Integers
+from robustrl.agents.ase.planner import TOLERANCE
 from robustrl.errors import check_positive, check_real
+from robustrl.mdp.outcomes import Outcomes
 from robustrl.mdp.planning import Beliefs, optimise
 from robustrl.mdp.safe_sets import expand
+
+
+class _Penalised(Outcomes):
+    """Outcomes to plan with: what a step has shown was told before, so a penalty may equal another reward."""
+
+    @classmethod
+    def of(cls, outcomes: Outcomes, penalty: float) -> _Penalised:
+        shown = {item.name: getattr(outcomes, item.name) for item in dataclasses.fields(outcomes)}
+        return cls(**shown | {"rewards": np.where(outcomes.dangerous, penalty, outcomes.rewards)})
+
+    def _check_distinct(self) -> None:
+        pass
 
 
 class _Planning(SafeLearner):
@@ -31,8 +45,7 @@ class _Planning(SafeLearner):
         super().__init__(env, **rest)
         self.penalty = None if penalty is None else check_real("penalty", penalty)
         if self.penalty is not None:
-            rewards = np.where(self.outcomes.dangerous, self.penalty, self.outcomes.rewards)
-            self.knowledge.outcomes = dataclasses.replace(self.knowledge.outcomes, rewards=rewards)
+            self.knowledge.outcomes = _Penalised.of(self.outcomes, self.penalty)
         safe = self.declaration.safe_set
         self._safe: Flags | None = safe.copy() if self.needs_safe_set and safe is not None else None
         self._due: Integers = np.zeros(self.outcomes.valid.size, dtype=np.int64)
@@ -73,7 +86,7 @@ class _Planning(SafeLearner):
             knowledge = self.knowledge
             if self._safe is not None:
                 self._safe = expand(self.outcomes, self._safe, knowledge.known_pairs, knowledge.possible)
-            found = optimise(self._beliefs(), allowed=self.safe_set, initial=self._values)
+            found = optimise(self._beliefs(), allowed=self.safe_set, initial=self._values, tolerance=TOLERANCE * self._scale)
             self._policy, self._values = found.policy, found.values
             self._due = knowledge.next_look()
             self._stale, self.n_plans = False, self.n_plans + 1

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
 from robustrl.errors import check_real
 from robustrl.mdp.analogy import Analogy
-from robustrl.mdp.model import TabularMDP
+from robustrl.mdp.model import ROUNDING, TabularMDP
 from robustrl.mdp.outcomes import Outcomes
-from robustrl.mdp.safe_sets import closed_subset, validate_safe_set
+from robustrl.mdp.safe_sets import closed_subset, validate_analogy, validate_safe_set
 from robustrl.mdp.unsafe import Unsafe
 
 Flags = NDArray[np.bool_]
 SafeSet = Flags | Callable[[int, int], bool] | str
 FROM_P = "from_P"
+MOST_COMPARED = 20_000
+"""Pairs of state and action up to which analogies are compared with the truth."""
+TABLES = ("successors", "candidates", "rewards", "dangerous", "terminal", "start")
+TRANSFORMERS = (gym.ActionWrapper, gym.ObservationWrapper, gym.RewardWrapper)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +40,7 @@ class Declaration:
         analogy: which pairs behave alike.
         tau: a lower bound of every positive probability, or None.
         mdp: the truth, where it is known; only checks and oracles look at it, no learner does.
+        world: digests of what the environment says of itself, whatever was given instead.
 
     Attributes:
         outcomes: what is learnt with: `declared`, but pairs of `safe_set` stay in it.
@@ -46,6 +54,7 @@ class Declaration:
     analogy: Analogy
     tau: float | None
     mdp: TabularMDP | None = None
+    world: Mapping[str, str] = field(default_factory=dict)
     outcomes: Outcomes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -64,38 +73,65 @@ class Declaration:
     ) -> Declaration:
         """From an environment; whatever is given replaces what it declares. See `ASE`.
 
+        Where the truth is known, a `safe_set` that leaks is shrunk, and a `tau` or an analogy (of at most `MOST_COMPARED` pairs) that is
+        false is warned of.
+
         Raises:
             ValueError: if the environment neither declares outcomes nor has a table `P`, or something does not fit.
         """
-        inner = getattr(env, "unwrapped", env)
-        outcomes: Outcomes | None = getattr(inner, "outcomes", None)
-        mdp: TabularMDP | None = getattr(inner, "mdp", None)
-        if mdp is None and hasattr(inner, "P"):
-            mdp = TabularMDP.from_gymnasium(inner, 0.95 if gamma is None else gamma).merged()
-        if outcomes is None:
-            if mdp is None:
-                raise ValueError(
-                    f"env must declare its outcomes, or have a table P as FrozenLake has; {type(inner).__name__} does neither. "
-                    "Write a robustrl.envs.grid.TabularEnv, or give your environment the attribute `outcomes`"
-                )
-            outcomes = mdp.outcomes(unsafe)
-        elif unsafe is not None:
+        said = _Said.by(env, gamma)
+        outcomes, mdp = said.outcomes, said.mdp
+        if unsafe is not None:
             outcomes = dataclasses.replace(outcomes, dangerous=unsafe.mark(outcomes))
         if gamma is not None:
             outcomes = dataclasses.replace(outcomes, gamma=gamma)
-        given = getattr(inner, "safe_set", None) if safe_set is None else safe_set
+        given = said.safe_set if safe_set is None else safe_set
         known = None if given is None else _safe_pairs(given, outcomes, mdp)
-        alike = getattr(inner, "analogy", None) if analogy is None else analogy
+        alike = said.analogy if analogy is None else analogy
         if not isinstance(alike, Analogy | None):
             raise TypeError(f"analogy must be a robustrl Analogy, got {type(alike).__name__}")
-        least = getattr(inner, "tau", None) if tau is None else tau
+        least = said.tau if tau is None else tau
         if isinstance(least, str):
             if least != FROM_P or mdp is None:
                 raise ValueError(f"tau must be a number, or {FROM_P!r} for an environment with a table P, got {least!r}")
             least = mdp.smallest_probability
         if least is not None and not 0 < check_real("tau", least) <= 1:
             raise ValueError(f"tau must be in (0, 1], got {least}")
-        return cls(outcomes, known, (Analogy.none() if alike is None else alike).on(outcomes), least, mdp)
+        found = cls(outcomes, known, (Analogy.none() if alike is None else alike).on(outcomes), least, mdp, said.digests())
+        found._compare_with_truth()
+        return found
+
+    def check(self, env: Any) -> None:
+        """Whether another environment is the one that this was said of, as far as both say what they are.
+
+        Raises:
+            ValueError: naming what differs, or if it neither declares outcomes nor has a table `P`.
+        """
+        theirs = _Said.by(env, self.declared.gamma).digests()
+        other = [name for name, digest in self.world.items() if theirs.get(name, digest) != digest]
+        if other:
+            raise ValueError(f"env must be the environment that the agent was made for, it has other {', '.join(other)}")
+
+    def _compare_with_truth(self) -> None:
+        mdp, outcomes = self.mdp, self.outcomes
+        if mdp is None or mdp.probabilities.shape != outcomes.candidates.shape:
+            return
+        p = mdp.probabilities[outcomes.nonterminal]
+        least = float(p[p > 0].min(initial=1.0))
+        if self.tau is not None and self.tau > least + ROUNDING:
+            warnings.warn(
+                f"tau = {self.tau:g} is false, some outcome has probability {least:g}: nothing is proven", stacklevel=4
+            )
+        if outcomes.valid.sum() > MOST_COMPARED:
+            return
+        claims = self.analogy if self.tau is None else self.analogy.usable(self.tau)
+        found = validate_analogy(mdp, outcomes, claims)
+        if not found.holds:
+            warnings.warn(
+                f"the analogy is false, (state, action) {found.pair} and {found.analogue} are {found.worst_excess:g} farther apart "
+                "in l1 than it says: nothing is proven",
+                stacklevel=4,
+            )
 
     def to_arrays(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """Plain data and arrays that `from_arrays` builds the same declaration from; the truth is left out."""
@@ -103,9 +139,9 @@ class Declaration:
             "tau": self.tau,
             "gamma": self.declared.gamma,
             "analogy": {"kind": type(self.analogy).__name__},
+            "world": self.world,
         }
-        names = ("successors", "candidates", "rewards", "dangerous", "terminal", "start")
-        arrays = {f"outcomes.{name}": np.asarray(getattr(self.declared, name)) for name in names}
+        arrays = {f"outcomes.{name}": np.asarray(getattr(self.declared, name)) for name in TABLES}
         if self.safe_set is not None:
             arrays["safe_set"] = self.safe_set
         for item in dataclasses.fields(self.analogy):
@@ -128,7 +164,60 @@ class Declaration:
         kind = described.pop("kind")
         kinds: list[type[Analogy]] = [Analogy, *Analogy.__subclasses__()]
         analogy = {known.__name__: known for known in kinds}[kind](**described, **part("analogy."))
-        return cls(outcomes, arrays.get("safe_set"), analogy, plain["tau"])
+        return cls(outcomes, arrays.get("safe_set"), analogy, plain["tau"], world=plain["world"])
+
+
+@dataclass(frozen=True, eq=False)
+class _Said:
+    """What an environment says of itself."""
+
+    outcomes: Outcomes
+    mdp: TabularMDP | None
+    safe_set: Any
+    analogy: Any
+    tau: Any
+
+    @classmethod
+    def by(cls, env: Any, gamma: float | None) -> _Said:
+        between = env
+        while isinstance(between, gym.Wrapper):
+            if isinstance(between, TRANSFORMERS):
+                warnings.warn(
+                    f"env is looked through: what {type(between).__name__} changes of actions, observations or rewards is not part "
+                    "of what the environment declares",
+                    stacklevel=4,
+                )
+            between = between.env
+        inner = getattr(env, "unwrapped", env)
+        outcomes: Outcomes | None = getattr(inner, "outcomes", None)
+        mdp: TabularMDP | None = getattr(inner, "mdp", None)
+        if mdp is None and hasattr(inner, "P"):
+            mdp = TabularMDP.from_gymnasium(inner, 0.95 if gamma is None else gamma)
+        if outcomes is None:
+            if mdp is None:
+                raise ValueError(
+                    f"env must declare its outcomes, or have a table P as FrozenLake has; {type(inner).__name__} does neither. "
+                    "Write a robustrl.envs.grid.TabularEnv, or give your environment the attribute `outcomes`"
+                )
+            outcomes = mdp.outcomes()
+        return cls(outcomes, mdp, *(getattr(inner, name, None) for name in ("safe_set", "analogy", "tau")))
+
+    def digests(self) -> dict[str, str]:
+        """One for each table, and for the law where it is known."""
+        tables = {name: np.asarray(getattr(self.outcomes, name)) for name in TABLES}
+        tables |= {} if self.mdp is None else {"probabilities": self.mdp.probabilities}
+        tables |= {} if self.tau is None else {"tau": np.asarray(self.tau)}
+        return {name: digest(table) for name, table in tables.items()}
+
+
+def digest(table: NDArray[Any]) -> str:
+    """A fingerprint of an array: its type, shape and entries."""
+    return hashlib.sha256(f"{table.dtype.str}{table.shape}".encode() + np.ascontiguousarray(table).tobytes()).hexdigest()
+
+
+def reward_scale(outcomes: Outcomes) -> float:
+    """The largest reward or penalty that a step may bring, 1 where there is none."""
+    return float(np.abs(outcomes.rewards[outcomes.candidates]).max(initial=0.0)) or 1.0
 
 
 def cut(outcomes: Outcomes, safe: Flags) -> Outcomes:
@@ -170,4 +259,4 @@ def _safe_pairs(given: Any, outcomes: Outcomes, mdp: TabularMDP | None) -> Flags
     return validate_safe_set(mdp, outcomes, pairs)
 
 
-__all__ = ["FROM_P", "Declaration", "SafeSet", "cut"]
+__all__ = ["FROM_P", "Declaration", "SafeSet", "cut", "digest", "reward_scale"]

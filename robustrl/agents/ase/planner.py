@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from robustrl.agents.ase.declaration import reward_scale
 from robustrl.agents.ase.knowledge import Flags, Floats, Integers, Knowledge
 from robustrl.mdp.planning import Beliefs, Plan, optimise
 from robustrl.mdp.safe_sets import expand
@@ -14,6 +15,8 @@ from robustrl.mdp.safe_sets import expand
 Mode = Literal["goal", "explore", "stuck"]
 TIE = 1e-9
 """Relative difference below which two actions are equally good."""
+TOLERANCE = 1e-6
+"""Of values, relative to the largest reward."""
 
 STATE = ("safe", "goal", "targets", "policy", "wanted", "values", "_reached", "_helped")
 """What a planner remembers from one plan to the next."""
@@ -47,6 +50,7 @@ class Planner:
 
     def __init__(self, knowledge: Knowledge, safe_set: Flags, directed: bool = True) -> None:
         self.knowledge, self.home, self.directed = knowledge, safe_set, directed
+        self.scale = reward_scale(knowledge.outcomes)
         self.mode: Mode = "explore"
         self.goal, self.targets = np.zeros_like(safe_set), np.zeros_like(safe_set)
         self.policy: Integers = np.full(len(safe_set), -1)
@@ -154,9 +158,9 @@ class Planner:
     def _best(self, beliefs: Beliefs, allowed: Flags, problem: str) -> Integers:
         """The best policy that may exist among the allowed pairs (S,); sets `goal` to what it visits."""
         outcomes = beliefs.outcomes
-        found = optimise(beliefs, allowed=allowed, initial=self._warm.get(problem))
+        found = optimise(beliefs, allowed=allowed, initial=self._warm.get(problem), tolerance=TOLERANCE * self.scale)
         self._warm[problem] = self.values = found.values
-        policy = self._choice(found)
+        policy = self._choice(found, self.scale)
         law = found.kernel(policy) > 1e-12
         law &= ~outcomes.terminal[np.arange(len(policy)), policy]
         reached, states = np.zeros(outcomes.n_states, dtype=bool), np.flatnonzero(np.asarray(outcomes.start) > 0)
@@ -170,12 +174,12 @@ class Planner:
         self.goal[visited, policy[visited]] = True
         return policy
 
-    def _choice(self, found: Plan) -> Integers:
-        """The best actions (S,); of equals one in the safe set, then the first; -1 where there is none."""
+    def _choice(self, found: Plan, scale: float) -> Integers:
+        """The best actions (S,), for rewards up to `scale`; of equals one in the safe set, then the first; -1 where there is none."""
         worth = found.action_values
         most = worth.max(1)
         some = most > -np.inf
-        close = worth >= np.where(some, most - TIE * np.maximum(1, np.abs(most)), np.inf)[:, None]
+        close = worth >= np.where(some, most - TIE * np.maximum(scale, np.abs(most)), np.inf)[:, None]
         inside = np.any(close & self.safe, axis=1)
         preferred = np.where(inside[:, None], close & self.safe, close)
         return np.where(some, preferred.argmax(1), -1)
@@ -191,7 +195,7 @@ class Planner:
             initial=self._warm.get("steer"), tolerance=1e-4,
         )  # fmt: skip
         self._warm["steer"] = found.values
-        return self._choice(found)
+        return self._choice(found, 1.0)
 
     def _targets(self, edge: Flags, outside: Flags, learnable: Flags, known: Flags, possible: Flags) -> Flags:
         """Pairs in the safe set whose draws help to prove that an edge is safe, (S, A).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -258,6 +259,44 @@ def test_a_false_analogy_stops_learning_before_anything_happens() -> None:
     assert agent.unsafe_visits == 0
 
 
+def test_a_contradiction_is_never_certified_again(tmp_path: Path) -> None:
+    agent = ASE(walled(), seed=0)
+    assert agent.certified
+    for _ in range(2):
+        with pytest.raises(ModelViolation):
+            agent.learn(200, reset_num_timesteps=False)
+        assert not agent.certified
+        assert not agent.certificate().certified
+    agent.save(tmp_path / "agent")
+    assert not ASE.load(tmp_path / "agent", env=walled()).certified
+
+
+def leaky() -> World:
+    """A first safe set that is none: one step in twenty falls."""
+    return world(2, {(0, 0): [(0, 0.95, 0.0, ""), (1, 0.05, -1.0, "lava")]}, [(0, 0)], [], tau=0.05, open_=False)
+
+
+def test_danger_in_the_first_safe_set_is_counted_and_voids_the_proof(tmp_path: Path) -> None:
+    agent = ASE(leaky(), seed=0)
+    with pytest.raises(ModelViolation, match="first safe set"):
+        agent.learn(300)
+    assert agent.unsafe_visits == 1
+    assert not agent.certified
+    assert not agent.certificate().certified
+    agent.save(tmp_path / "agent")
+    loaded = ASE.load(tmp_path / "agent")
+    assert (loaded.unsafe_visits, loaded.certified) == (1, False)
+
+
+def test_retracting_goes_on_where_the_first_safe_set_was_left() -> None:
+    falls: list[bool] = []
+    agent = ASE(leaky(), seed=0, on_violation="retract")
+    agent.learn(300, callback=lambda local, _: falls.append(bool(local["dones"][0])) or True)
+    assert agent.num_timesteps == 300
+    assert agent.unsafe_visits == sum(falls) > 0
+    assert not agent.certified
+
+
 def test_retracting_goes_on_from_the_first_safe_set_without_a_guarantee() -> None:
     of = walled()
     agent = ASE(of, seed=0, on_violation="retract").learn(300)
@@ -305,6 +344,39 @@ def test_what_is_given_replaces_what_is_declared() -> None:
     assert agent.knowledge.analogy.members(0).tolist() == [0]
     assert np.argwhere(agent.safe_set).tolist() == [[0, 0], [1, 0]]
     assert agent.outcomes.dangerous[0, 2].tolist() == [True, False]
+
+
+def test_what_is_predicted_is_what_is_proven_best_and_what_the_certificate_bounds() -> None:
+    """One action pays 0.5 for sure; that another one pays 1 may be hoped, and is worth a try, but is not proven."""
+    moves = {(0, 0): [(1, 1.0, 0.5, "end")], (0, 1): [(1, 0.1, 1.0, "end"), (1, 0.9, 0.0, "end")]}
+    agent = ASE(world(2, moves, [(0, 0), (0, 1)], [], tau=0.1), seed=0)
+    assert agent.mode == "goal"
+    assert agent._act(0) == 1
+    assert agent.predict(0)[0] == 0
+    assert agent.certificate().value_lower == pytest.approx(0.5, abs=1e-5)
+
+
+def test_the_certificate_is_of_the_policy_that_is_predicted(tmp_path: Path) -> None:
+    agent = ASE(late_proof(), seed=0)
+    for _ in range(40):
+        agent.learn(7, reset_num_timesteps=False)
+        certificate = agent.certificate()
+        np.testing.assert_array_equal(certificate.evidence.policy, agent.greedy())
+        certificate.verify()
+    agent.save(tmp_path / "agent")
+    np.testing.assert_array_equal(ASE.load(tmp_path / "agent").greedy(), agent.greedy())
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e6])
+def test_rewards_in_another_unit_change_nothing(scale: float) -> None:
+    def chain(unit: float) -> World:
+        moves = {(s, 0): [(s, 1.0, 0.0, "")] for s in range(5)}
+        moves |= {(s, 1): [(s + 1, 0.8, unit * (s == 4), "end" if s == 4 else ""), (s, 0.2, 0.0, "")] for s in range(5)}
+        return world(6, moves, list(moves), [], tau=0.2)
+
+    plain, scaled = ASE(chain(1.0), seed=0).learn(400), ASE(chain(scale), seed=0).learn(400)
+    np.testing.assert_array_equal(scaled.knowledge.visits, plain.knowledge.visits)
+    np.testing.assert_array_equal(scaled.greedy(), plain.greedy())
 
 
 def test_learning_stops_when_the_bounds_meet() -> None:

@@ -147,6 +147,17 @@ def test_steps_say_what_they_cost_and_what_is_allowed_next() -> None:
     assert sum(costs) > 0
 
 
+def test_costs_are_those_that_are_summed_whatever_the_environment_calls_a_cost() -> None:
+    class Costly(gym.Wrapper[Any, Any, Any, Any]):
+        def step(self, action: Any) -> Any:
+            *step, info = self.env.step(action)
+            return (*step, {**info, "cost": 7})
+
+    found: list[Any] = []
+    ASE(Costly(late_proof()), seed=0).learn(3, callback=lambda local, _: found.append(local["infos"][0]) or True)
+    assert [(info["cost"], info["cost_sum"]) for info in found] == [(0, 0)] * 3
+
+
 def test_a_progress_bar_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     ASE(late_proof(), seed=0).learn(20, progress_bar=True)
     assert "20/20" in "".join(capsys.readouterr())
@@ -212,12 +223,25 @@ def test_files_hold_no_pickle_and_bad_ones_are_refused(tmp_path: Path) -> None:
         agent.save(tmp_path / "x", exclude=["env"])
 
 
-def test_another_environment_is_refused() -> None:
+def test_another_environment_is_refused(tmp_path: Path) -> None:
     agent = ASE(random_world(1), seed=0)
-    with pytest.raises(ValueError, match="outcomes that the agent was made for"):
-        agent.set_env(random_world(2))
-    with pytest.raises(ValueError, match="spaces"):
-        agent.set_env(late_proof())
+    mine = agent.get_env()
+    for other in (random_world(2), late_proof()):
+        with pytest.raises(ValueError, match="that the agent was made for, it has other successors"):
+            agent.set_env(other)
+    with pytest.raises(ValueError, match="declare its outcomes"):
+        agent.set_env(gym.make("CartPole-v1"))
+    assert agent.get_env() is mine
+    calm, windy = (gym.make("robustrl/LavaIslands-v0", map="river", slip=slip) for slip in (0.0, 0.6))
+    agent = ASE(calm, seed=0)
+    agent.save(tmp_path / "agent")
+    for move in (agent.set_env, agent.shield, lambda env: ASE.load(tmp_path / "agent", env=env)):
+        with pytest.raises(ValueError, match="other probabilities, tau"):
+            move(windy)
+    agent.set_env(gym.make("robustrl/LavaIslands-v0", map="river", slip=0.0))
+    one, other = (gym.make("FrozenLake-v1", desc=rows) for rows in (["SF", "FG"], ["SH", "FG"]))
+    with pytest.raises(ValueError, match="agent was made for"):
+        ASE(one, tau="from_P", safe_set="from_P").set_env(other)
 
 
 def test_spaces_may_begin_anywhere() -> None:
@@ -245,8 +269,13 @@ def test_environments_that_cannot_be_learnt_from_are_refused() -> None:
         ASE(DummyVecEnv([late_proof, late_proof]))
     with pytest.raises(ValueError, match="VecNormalize"):
         ASE(VecNormalize(DummyVecEnv([late_proof])))
-    with pytest.raises(ModelViolation, match="reward"):
-        ASE(TransformReward(late_proof(), lambda reward: reward + 0.5)).learn(5)
+    for on_violation in ("raise", "retract"):  # what nobody declared cannot be gone on from
+        with pytest.warns(UserWarning, match="TransformReward"):
+            agent = ASE(TransformReward(late_proof(), lambda reward: reward + 0.5), on_violation=on_violation)
+        with pytest.raises(ModelViolation, match="reward"):
+            agent.learn(5)
+        assert not agent.certified
+        assert agent.num_timesteps == 1
     of = late_proof()
     of.observation_space = spaces.Discrete(9)
     with pytest.raises(ValueError, match="observation_space"):

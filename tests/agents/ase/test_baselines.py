@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agents.ase.small import hidden_danger, late_proof, lies, random_world
+from agents.ase.small import hidden_danger, late_proof, lies, random_world, world
 from robustrl.agents.ase import MBIE, EpsilonGreedy, QLearning, RMax, SafeEpsilonGreedy, SafeRMax
 
 
@@ -43,6 +43,14 @@ def test_a_penalty_keeps_learners_away_from_danger() -> None:
     brave, careful = (RMax(of, seed=0, penalty=penalty).learn(2000) for penalty in (None, -100.0))
     assert careful.unsafe_visits < brave.unsafe_visits
     assert (careful.greedy()[:2] == 0).all()
+
+
+def test_a_penalty_may_equal_another_reward() -> None:
+    of = world(2, {(0, 0): [(1, 0.5, 0.25, "end"), (1, 0.5, -1.0, "lava")]}, [(0, 0)], [])
+    of.safe_set = None  # type: ignore[assignment]
+    agent = RMax(of, seed=0, penalty=0.25).learn(400)
+    assert agent.unsafe_visits == agent.knowledge.visits[0, 1] > 0
+    assert agent._values[0] == pytest.approx(0.25, abs=1e-6)
 
 
 def test_random_actions_become_rarer() -> None:
