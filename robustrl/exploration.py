@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +31,7 @@ from robustrl.agents.ase import (
     UndirectedASE,
 )
 from robustrl.agents.ase.ase import SafeLearner
+from robustrl.agents.ase.declaration import digest
 from robustrl.errors import check_choice, check_count
 from robustrl.files import save_figure, write_atomically
 from robustrl.mdp.planning import Beliefs, optimise
@@ -90,7 +93,8 @@ def explore(
         the runs, by agent and seed.
 
     Raises:
-        ValueError: if an argument is out of range, or agents lack something that neither `options` nor the environment says.
+        ValueError: if an argument is out of range, agents lack something that neither `options` nor the environment says, or `out` holds
+            runs of another experiment.
 
     Examples:
         >>> import robustrl as rrl                                                                     # doctest: +SKIP
@@ -111,12 +115,6 @@ def explore(
     found: dict[tuple[str, int], ExplorationRun] = {}
 
     def job(name: str, seed: int) -> ExplorationRun:
-        path = folder / "runs" / f"{name}-seed{seed}.json"
-        if path.exists():
-            run = ExplorationRun.load(path)
-            if run.steps[-1] != total:
-                raise ValueError(f"out must be a folder for runs of {total} steps, {path} has {run.steps[-1]}")
-            return run
         proves = {"delta": delta} if issubclass(AGENTS[name], SafeLearner) else {}
         settings = {**proves, **(options or {}), **(agent_options or {}).get(name, {})}
         return _explore(env, dict(env_kwargs or {}), name, settings, seed, total, interval, folder, seed == numbers[0])
@@ -145,17 +143,25 @@ def _explore(
     folder: Path,
     pictures: bool,
 ) -> ExplorationRun:
-    """One run."""
+    """One run, made or found in the folder."""
     with one_thread():
         env = gym.make(env_id, **env_kwargs)
         agent = AGENTS[name](env, seed=seed, tensorboard_log=os.fspath(folder / "tb"), **options)
+        title = env_id + "".join(f", {key}={value}" for key, value in env_kwargs.items())
+        fingerprint, path = _digest(title, agent, timesteps), folder / "runs" / f"{name}-seed{seed}"
+        if path.with_suffix(".json").exists():
+            run = ExplorationRun.load(path.with_suffix(".json"))
+            if run.digest != fingerprint:
+                raise ValueError(
+                    f"out must be a folder for this experiment, {path}.json belongs to another: give another folder"
+                )
+            return run
         judge, start = _Judge(agent.declaration), time.perf_counter()
         recorder = _Recorder(judge, every, keep_sets=pictures)
         agent.learn(timesteps, callback=recorder, tb_log_name=f"{name}-seed{seed}", log_interval=100)
         seconds = time.perf_counter() - start
         if not recorder.steps or recorder.steps[-1] != agent.num_timesteps:
             recorder.record()
-        path = folder / "runs" / f"{name}-seed{seed}"
         path.parent.mkdir(parents=True, exist_ok=True)
         agent.save(path.with_suffix(".zip"))
         if isinstance(agent, ASE):
@@ -164,7 +170,7 @@ def _explore(
             _draw(gym.make(env_id, **env_kwargs, render_mode="rgb_array"), agent, recorder, folder / name)
         run = ExplorationRun(
             agent=name,
-            env=env_id + "".join(f", {key}={value}" for key, value in env_kwargs.items()),
+            env=title,
             seed=seed,
             steps=tuple(recorder.steps),
             unsafe_visits=tuple(recorder.unsafe),
@@ -176,9 +182,19 @@ def _explore(
             certified=agent.certified,
             stuck=getattr(agent, "mode", None) == "stuck",
             seconds=seconds,
+            digest=fingerprint,
         )
         run.save(path.with_suffix(".json"))
     return run
+
+
+def _digest(env: str, agent: TabularAgent, timesteps: int) -> str:
+    """A fingerprint of an experiment: the environment, its law where that is known, the agent and all that it was told."""
+    told, tables = agent.declaration.to_arrays()
+    settings = {name: getattr(agent, name) for name in agent.settings}
+    arrays = {name: digest(table) for name, table in tables.items()}
+    made = [env, type(agent).__name__, settings, timesteps, told, arrays]
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
 
 
 class _Judge:

@@ -19,6 +19,8 @@ from robustrl.report.exploration import ExplorationRun
 
 RIVER = {"env": "robustrl/LavaIslands-v0", "env_kwargs": {"map": "river"}}
 
+FROM_P = {"tau": "from_P", "safe_set": "from_P"}
+
 
 @pytest.fixture(scope="module")
 def river(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[ExplorationRun]]:
@@ -61,8 +63,20 @@ def test_runs_that_are_there_are_kept(river: tuple[Path, list[ExplorationRun]]) 
     again = explore(agents=["ase"], seeds=[1, 0], timesteps=600, every=100, out=out, **RIVER)
     assert again == [runs[1], runs[0]]
     assert path.stat().st_mtime_ns == stamp
-    with pytest.raises(ValueError, match="out must be a folder for runs of 700 steps"):
-        explore(agents=["ase"], seeds=1, timesteps=700, out=out, **RIVER)
+    for change in (
+        {"timesteps": 700}, {"delta": 0.4}, {"options": {"tau": 0.1}}, {"agent_options": {"ase": {"beta": 0.1}}},
+        {"env_kwargs": {"map": "river", "slip": 0.4}}, {"env": "FrozenLake-v1", "options": FROM_P, "env_kwargs": None},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="out must be a folder for this experiment"):
+            explore(**{"agents": ["ase"], "seeds": 1, "timesteps": 600, "every": 100, "out": out, **RIVER} | change)
+    assert path.stat().st_mtime_ns == stamp
+
+
+def test_a_run_that_stopped_early_is_kept_too(tmp_path: Path) -> None:
+    settings = {"seeds": 1, "timesteps": 5000, "options": {"stop_on_gap": 1.5}, "out": tmp_path, **RIVER}
+    (run,) = explore(**settings)
+    assert run.steps[-1] < 5000
+    assert explore(**settings) == [run]
 
 
 def test_a_run_is_the_same_whatever_is_written_down_and_by_whom(

@@ -40,6 +40,7 @@ class ExplorationRun:
         certified: whether safety was proven, all along.
         stuck: whether no safe policy ends the episode.
         seconds: of learning.
+        digest: fingerprint of the environment, the agent and its options: what makes two runs repetitions of one experiment.
     """
 
     agent: str
@@ -55,6 +56,7 @@ class ExplorationRun:
     certified: bool
     stuck: bool
     seconds: float
+    digest: str
 
     @property
     def optimal_from(self) -> int | None:

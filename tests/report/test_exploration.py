@@ -25,6 +25,7 @@ RUN = ExplorationRun(
     certified=True,
     stuck=False,
     seconds=1.5,
+    digest="0a",
 )
 BLIND = replace(
     RUN,
