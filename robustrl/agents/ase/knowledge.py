@@ -25,13 +25,16 @@ NOTHING: Integers = np.zeros(0, dtype=np.int64)
 
 
 class _Reach(NamedTuple):
-    """Where the draws of a pair go."""
+    """Whom the draws of a pair concern."""
 
     pools: Integers
+    """Read by analogues: a draw that they exclude is a contradiction."""
     first: Integers
     """Number of a pool's first slot."""
     slots: Integers | None
     """Slot of each pool that answers a slot of the pair, (pools, K); None: the same one."""
+    counting: slice | Integers
+    """Which of the pools count the draws."""
     l1: Floats | None
 
 
@@ -96,6 +99,11 @@ class Knowledge:
         self.support = np.ones((pairs, n_slots), dtype=bool)
         candidates, valid = outcomes.candidates.reshape(pairs, n_slots), outcomes.valid.ravel()
         np.logical_and.at(self.support, self.pool_of[valid], candidates[valid])
+        if (apart := outcomes.valid & ~self.possible.any(-1)).any():
+            state, action = np.argwhere(apart)[0]
+            raise ValueError(
+                f"analogy must relate pairs that may have a common outcome, state {state}, action {action} shares none"
+            )
         self._reaches: dict[int, _Reach] = {}
 
     @property
@@ -134,14 +142,17 @@ class Knowledge:
         reach = self._reaches.get(pair)
         if reach is None:
             reach = self._reaches[pair] = self._reach(pair)
-        pools, first, slots, l1 = reach
+        pools, first, slots, counting, l1 = reach
         cells = first + (slot if slots is None else slots[:, slot])
         fits = self.support.reshape(-1).take(cells)
         if not fits.all():
-            self._contradicted(pools[~fits], pair, slot)
+            excluding = pools[~fits]
+            why = f"{self.n_support} draws had excluded it" if self.known[excluding[0]] else "it was declared impossible"
+            self._contradicted(excluding, pair, f"fired slot {slot}", why)
             return self.record(state, action, slot)
         self.visits[pair, slot] += 1
-        self.counts.reshape(-1)[cells] += 1
+        pools = pools[counting]
+        self.counts.reshape(-1)[cells[counting]] += 1
         self.totals[pools] = totals = self.totals[pools] + 1
         if l1 is not None:
             self.transfer[pools] += l1
@@ -149,55 +160,50 @@ class Knowledge:
         return self._freeze(pools[full]) if full.any() else NOTHING
 
     def _reach(self, pair: int) -> _Reach:
-        if self.sharing == "best":
-            return _Reach(np.array([pair]), np.array([pair * self.outcomes.n_slots]), None, None)
-        pools = self.analogy.feeds(pair)
         own = self.pool_of[pair]
+        pools = self.analogy.feeds(pair) if self.sharing == "pool" else self.analogues(pair)
         pools = pools[~self.barred[pools] | (pools == own)]
         slots = None
         if getattr(self.analogy, "slots", None) is not None:
             slots = np.array([[self.analogy.align(pair, int(q), k) for k in range(self.outcomes.n_slots)] for q in pools])
+        if self.sharing == "best":
+            return _Reach(pools, pools * self.outcomes.n_slots, slots, np.flatnonzero(pools == own), None)
         l1 = None
         if len(pools) > 1:  # distances are symmetric, so they can be read off the pair's own pool
             l1 = self.analogy.distances(int(own))[np.searchsorted(self.analogy.members(int(own)), pools)]
-        return _Reach(pools, pools * self.outcomes.n_slots, slots, l1 if l1 is not None and l1.any() else None)
+        return _Reach(pools, pools * self.outcomes.n_slots, slots, slice(None), l1 if l1 is not None and l1.any() else None)
 
     def _freeze(self, full: Integers) -> Integers:
-        fresh = full[~self.barred[full] & ~self.known[full]]
         if self.sharing == "pool":
+            fresh = full[~self.barred[full] & ~self.known[full]]
             self.known[fresh] = True
             self.support[fresh] = self.counts[fresh] > 0
             return fresh
         learnt = []
         for source in full.tolist():
-            if self.barred[source]:
-                continue
-            seen = np.flatnonzero(self.counts[source])
-            for pair in self.analogues(source).tolist():
-                slots = [self.analogy.align(source, pair, int(k)) for k in seen]
-                if self.known[pair] or self.barred[pair]:
-                    continue
-                if not self.support[pair, slots].all():
-                    self._contradicted(np.array([pair]), source, int(seen[~self.support[pair, slots]][0]))
-                    continue
-                self.known[pair], self.support[pair] = True, False
-                self.support[pair, slots] = True
-                learnt.append(pair)
+            readers = self.analogues(source)
+            for pair in readers[~self.barred[readers]].tolist():
+                analogues = self.analogues(pair)
+                seen = self.analogy.aligned(int(self.analogy.pool_of[pair]), self.counts[analogues]) > 0
+                support = seen[np.searchsorted(analogues, source)]
+                if (support != seen.any(0)).any():
+                    self._contradicted(np.array([pair]), source, f"missed an outcome in {self.n_support} draws", "it was seen")
+                elif not self.known[pair]:
+                    self.known[pair], self.support[pair] = True, support
+                    learnt.append(pair)
         return np.array(learnt, dtype=np.int64)
 
-    def _contradicted(self, pools: Integers, pair: int, slot: int) -> None:
-        """A draw that some pools were said not to show."""
+    def _contradicted(self, pools: Integers, pair: int, fact: str, claim: str) -> None:
+        """What a pair has shown is not what some pools were said to show."""
         self.contradicted = True
-        state, action = divmod(pair, self.outcomes.n_actions)
         if self.on_violation == "raise":
+            state, action = divmod(pair, self.outcomes.n_actions)
             reader = divmod(int(np.flatnonzero(self.pool_of == pools[0])[0]), self.outcomes.n_actions)
-            known = f"{self.totals[pools[0]]} draws had excluded it" if self.known[pools[0]] else "it was declared impossible"
             raise ModelViolation(
-                f"state {state}, action {action} fired slot {slot}, but of state {reader[0]}, action {reader[1]}, which is said to "
-                f"behave alike, {known}: the analogy is false, or a positive probability is below tau = {self.tau}"
+                f"state {state}, action {action} {fact}, but of state {reader[0]}, action {reader[1]}, which is said to behave alike, "
+                f"{claim}: the analogy is false, or a positive probability is below tau = {self.tau}"
             )
-        self.known[pools], self.barred[pools], self.totals[pools], self.counts[pools] = False, True, 0, 0
-        self.transfer[pools] = 0
+        self.known[pools], self.barred[pools] = False, True
         self.support[pools] = True  # what is possible is read through the candidates of each pair
         self._reaches.clear()
 
@@ -210,18 +216,14 @@ class Knowledge:
         """
         shape = self.outcomes.candidates.shape
         pairs = np.flatnonzero(self.outcomes.valid if among is None else among)
-        laws, draws, extra = self._laws(pairs)
-        pools = self.pool_of[pairs]
+        counts, extra = self._draws(pairs)
+        draws, pools = counts.sum(1), self.pool_of[pairs]
+        laws = counts / np.maximum(draws, 1)[:, None]
         possible = self.support[pools] & self.outcomes.candidates.reshape(-1, shape[2])[pairs]
         n_possible, known = possible.sum(1), self.known[pools]
         radius = self._radii(draws, n_possible, extra, known)
         if certain:
             radius[known] = 0.0
-        if self.barred.any():
-            laws = np.where(possible, laws, 0.0)
-            mass = laws.sum(1, keepdims=True)
-            radius[mass[:, 0] == 0] = 2.0
-            laws /= np.where(mass > 0, mass, 1)
         sure = n_possible == 1
         laws[sure], radius[sure] = possible[sure], 0.0
         estimates, radii, support = np.zeros(shape), np.zeros(shape[:2]), np.zeros(shape, dtype=bool)
@@ -230,11 +232,16 @@ class Knowledge:
         return Beliefs(self.outcomes, estimates, radii, support)
 
     def evidence(self, safe_set: Flags, policy: Integers) -> Evidence:
-        """What was declared and drawn, for a certificate of the safe set that grew from `safe_set`, and of a policy."""
-        shape, pairs = self.outcomes.candidates.shape, np.arange(safe_set.size)
-        laws, draws, extra = self._laws(pairs)
-        counts = np.rint(laws * draws[:, None]).astype(np.int64).reshape(shape) * self.outcomes.valid[..., None]
-        return Evidence(self.outcomes, safe_set, counts, extra.reshape(shape[:2]), self.pool_of.reshape(shape[:2]), policy)
+        """What was declared and drawn, for a certificate of the safe set that grew from `safe_set`, and of a policy.
+
+        Draws of pools that were contradicted prove nothing and are left out.
+        """
+        shape = self.outcomes.candidates.shape
+        counts, extra = self._draws(np.arange(safe_set.size))
+        counts[self.barred[self.pool_of]] = 0
+        return Evidence(
+            self.outcomes, safe_set, counts.reshape(shape), extra.reshape(shape[:2]), self.pool_of.reshape(shape[:2]), policy
+        )
 
     def _radii(self, draws: Integers, n_possible: Integers, extra: Floats, known: Flags) -> Floats:
         failure = self.delta_p / self.n_pools
@@ -243,22 +250,30 @@ class Knowledge:
         guessed = l1_radius(draws, n_possible, failure, "heuristic", beta=self.beta)
         return np.minimum(np.where(known, guessed, l1_radius(draws, n_possible, failure)) + extra, 2.0)
 
-    def _laws(self, pairs: Integers) -> tuple[Floats, Integers, Floats]:
-        """Counted laws of n pairs (n, K), draws behind them (n,), and l1 distances that analogues may add (n,)."""
+    def _draws(self, pairs: Integers) -> tuple[Integers, Floats]:
+        """Draws that stand for n pairs (n, K), and l1 distances that analogues may add (n,).
+
+        A pair whose pool was contradicted has only its own ones left.
+        """
+        pools = self.pool_of[pairs]
         if self.sharing == "pool":
-            pools = self.pool_of[pairs]
-            some = np.maximum(self.totals[pools], 1)
-            return self.counts[pools] / some[:, None], self.totals[pools], self.transfer[pools] / some
-        readers, sources, l1, starts = self._links
-        n_possible = np.maximum(self.possible.reshape(self.counts.shape).sum(1), 1)
-        radii = self._radii(self.totals[sources], n_possible[readers], l1, self.known[readers])
-        radii = radii - 1e-12 * (readers == sources)  # a tie goes to a pair's own draws
-        order = np.lexsort((radii, readers))[starts[pairs]]
-        best, slots = sources[order], getattr(self.analogy, "slots", None)
-        counts = self.counts[best]
-        if slots is not None:
-            counts = np.take_along_axis(counts, slots[order], 1)
-        return counts / np.maximum(self.totals[best], 1)[:, None], self.totals[best], l1[order]
+            counts, extra = self.counts[pools], self.transfer[pools] / np.maximum(self.totals[pools], 1)
+        else:
+            readers, sources, l1, starts = self._links
+            n_possible = np.maximum(self.possible.reshape(self.counts.shape).sum(1), 1)
+            radii = self._radii(self.totals[sources], n_possible[readers], l1, self.known[readers])
+            radii = radii - 1e-12 * (readers == sources)  # a tie goes to a pair's own draws
+            # What makes a pair known must be there for everybody to see: draws that are as many as the proof takes.
+            radii[self.known[readers] & (self.totals[sources] < self.n_support)] = np.inf
+            order = np.lexsort((radii, readers))[starts[pairs]]
+            counts, extra = self.counts[sources[order]], l1[order]
+            if (slots := getattr(self.analogy, "slots", None)) is not None:
+                counts = np.take_along_axis(counts, slots[order], 1)
+        if self.barred.any():
+            lost = self.barred[pools]
+            own = self.visits[pairs] * self.outcomes.candidates.reshape(self.visits.shape)[pairs]
+            counts, extra = np.where(lost[:, None], own, counts), np.where(lost, 0.0, extra)
+        return counts, extra
 
     @cached_property
     def _links(self) -> tuple[Integers, Integers, Floats, Integers]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 from scipy.stats import binom
 
-from agents.ase.small import World, hidden_danger, late_proof, random_world, world
+from agents.ase.small import STAYS, World, hidden_danger, late_proof, random_world, world
 from robustrl.agents.ase.knowledge import Knowledge
 from robustrl.certify.transitions import l1_radius, support_samples
 from robustrl.mdp import Analogy, ModelViolation
@@ -137,6 +138,42 @@ def test_the_best_analogue_alone_makes_a_pair_known() -> None:
     np.testing.assert_allclose(best.beliefs().estimates[0, 2], best.visits[4] / best.visits[4].sum())
 
 
+def test_draws_that_make_a_pair_known_are_in_the_evidence() -> None:
+    """Fewer draws that bound the law better, the pair's own for one, must not hide them."""
+    law = {(0, 0): [(1, 0.6, 0.0, ""), (0, 0.4, 0.0, "")], (1, 0): [(0, 0.5, 0.0, ""), (1, 0.5, 0.0, "")]}
+    of = world(2, law, [(0, 0), (1, 0)], [((0, 0), (1, 0))], l1=0.5)
+    found = knowledge(of, sharing="best")
+    feed(found, of, found.n_support, pairs=[(0, 0)])
+    assert found.known_pairs.all()
+    for i in range(3 * found.n_support):
+        shown = found.evidence(of.safe_set, np.zeros(2, dtype=int)).counts
+        assert (shown.sum(-1) >= found.n_support).all()
+        assert ((shown > 0) == found.possible).all()
+        found.record(1, 0, i % 2)
+    assert shown[1, 0].tolist() != shown[0, 0].tolist()  # its own in the end
+
+
+def test_an_analogue_that_misses_what_another_has_shown_is_a_contradiction() -> None:
+    """Before it is thought to know it all, and after somebody else did."""
+    of = late_proof()  # (0, 2) and (1, 1) are alike
+    for first in (True, False):
+        strict, lenient = (knowledge(of, sharing="best", on_violation=choice) for choice in ("raise", "retract"))
+        for found in (strict, lenient):
+            if first:
+                found.record(0, 2, 1)
+            else:
+                feed(found, of, found.n_support, pairs=[(0, 2)])
+                assert found.known_pairs[1, 1]
+                assert found.possible[1, 1].all()
+            for _ in range(found.n_support - 1):
+                found.record(1, 1, 0)
+        with pytest.raises(ModelViolation, match=r"state 1, action 1 missed an outcome .* state 0, action 2, .* it was seen"):
+            strict.record(1, 1, 0)
+        lenient.record(1, 1, 0)
+        assert not lenient.known_pairs[0, 2]
+        assert lenient.contradicted
+
+
 def test_slots_are_aligned_where_analogues_order_them_differently() -> None:
     law = {(0, 0): [(1, 0.7, 0.0, ""), (0, 0.3, 0.0, "")], (1, 0): [(0, 0.3, 0.0, ""), (1, 0.7, 0.0, "")]}
     of = world(2, law, [(0, 0), (1, 0)], [])
@@ -177,15 +214,16 @@ def test_radii_without_a_proof_wait_until_a_pair_is_known() -> None:
     assert found.beliefs().radii[0, 0] == pytest.approx(0.3 / np.sqrt(found.n_support))
 
 
-def test_a_draw_that_an_analogue_cannot_show_is_a_contradiction() -> None:
+@pytest.mark.parametrize("sharing", ["pool", "best"])
+def test_a_draw_that_an_analogue_cannot_show_is_a_contradiction(sharing: str) -> None:
     """A wall: the analogue has no such outcome."""
     of = world(
         2, {(0, 0): [(1, 0.7, 0.0, ""), (0, 0.3, 0.0, "")], (1, 0): [(0, 1.0, 0.0, "")]}, [(0, 0), (1, 0)], [((0, 0), (1, 0))]
     )
-    found = knowledge(of)
+    found = knowledge(of, sharing=sharing)
     with pytest.raises(ModelViolation, match="declared impossible"):
         found.record(0, 0, 1)
-    lenient = knowledge(of, on_violation="retract")
+    lenient = knowledge(of, on_violation="retract", sharing=sharing)
     lenient.record(0, 0, 1)
     assert not lenient.proven
     assert lenient.visits[0].tolist() == [0, 1]
@@ -193,6 +231,42 @@ def test_a_draw_that_an_analogue_cannot_show_is_a_contradiction() -> None:
         lenient.record(0, 0, 0)
     assert lenient.known_pairs.tolist() == [[True], [False]]
     assert lenient.beliefs().radii[1, 0] == 0  # a single outcome is certain
+
+
+def test_pairs_that_were_contradicted_learn_from_their_own_draws_and_prove_nothing() -> None:
+    """Three of a class, of which one has an outcome more: the others' draws say nothing of it, nor do its own of them."""
+    laws = [[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.4, 0.4, 0.2]]
+    of = world(3, {(s, 0): [((s + k) % 3, p, 0.0, "") for k, p in enumerate(laws[s])] for s in range(3)}, [(0, 0)], [], tau=0.2)
+    candidates = of.outcomes.candidates.copy()
+    candidates[:2, :, 2] = False
+    of.outcomes = dataclasses.replace(of.outcomes, candidates=candidates)
+    of.analogy = Analogy.classes([[0], [0], [0]])
+    found = knowledge(of, on_violation="retract")
+    feed(found, of, 10 * found.n_support)
+    assert found.contradicted
+    assert not found.known_pairs.any()
+    np.testing.assert_allclose(found.beliefs().estimates[:, 0], found.visits / found.visits.sum(1, keepdims=True))
+    np.testing.assert_allclose(found.beliefs().radii[:, 0], l1_radius(found.visits.sum(1), [2, 2, 3], 0.025))
+    assert not found.evidence(of.safe_set, np.zeros(3, dtype=int)).counts.any()
+
+
+def test_analogues_that_can_never_be_taken_exclude_nothing() -> None:
+    """State 2, which only stays, is never entered: whatever is said of it, the others' draws are no contradiction."""
+    moves = {**STAYS, (2, 0): [(2, 1.0, 0.0, "")]}
+    of = world(3, moves, [(0, 0), (1, 0)], [])
+    for analogy in (Analogy.classes([[0], [0], [0]]), Analogy.box((1, 3), 1, 2)):
+        of.analogy = analogy
+        found = knowledge(of)
+        feed(found, of, found.n_support, pairs=[(0, 0), (1, 0)])
+        assert found.proven
+        assert found.known_pairs.ravel().tolist() == [True, True, False]
+        assert found.beliefs().radii[:, 0].tolist() == [*[l1_radius(found.n_support, 2, 0.025 / found.n_pools)] * 2, 0.0]
+    of.analogy = Analogy.classes([[0], [0], [1]])
+    candidates = of.outcomes.candidates.copy()
+    candidates[0, 0, 0] = candidates[1, 0, 1] = False
+    of.outcomes = dataclasses.replace(of.outcomes, candidates=candidates, start=np.full(3, 1 / 3))
+    with pytest.raises(ValueError, match=r"analogy must relate pairs that may have a common outcome, state 0, action 0"):
+        knowledge(of)
 
 
 @pytest.mark.parametrize(
