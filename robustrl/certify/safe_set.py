@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from robustrl.certify.certificate import Certificate
 from robustrl.certify.storage import Fields
 from robustrl.certify.transitions import l1_radius, support_samples
-from robustrl.errors import CertificateError, check_count, check_real
+from robustrl.errors import CertificateError, check_count, check_finite_array, check_real
 from robustrl.mdp.outcomes import Flags, Floats, Outcomes
 from robustrl.mdp.planning import Beliefs, evaluate, optimise
 from robustrl.mdp.safe_sets import expand
@@ -45,8 +45,8 @@ class Evidence(NamedTuple):
         safe_set: the first safe set, bool (S, A).
         counts: draws that stand for a pair, its analogues' included, (S, A, K).
         extra: l1 distance that analogues may add to the counted law, (S, A).
-        pool_of: the pool of draws that a pair reads, (S, A).
-        policy: the certified policy, (S,); -1 where it has no action.
+        pool_of: the pool of draws that a pair reads, (S, A); pairs of one pool have the same `counts` and `extra`.
+        policy: the certified policy, (S,); an action in every state that owns a safe pair, -1 elsewhere.
     """
 
     outcomes: Outcomes
@@ -70,7 +70,8 @@ class SafeSetCertificate(Certificate):
 
     With probability at least 1 - alpha, for all time and whatever decides among the actions of `pairs`: no dangerous step is taken,
     and the first safe set, or a safe end of the episode, stays within reach. The expected discounted return of the policy from the
-    start lies between `value_lower` and `value_upper`; the latter bounds every policy that avoids known danger.
+    start lies between `value_lower` and `value_upper`; the latter bounds every policy that avoids known danger. Episodes are those that
+    begin at a start of the declared outcomes: what these do not lead to was never tested.
 
     Args:
         alpha: delta_s + delta_p.
@@ -78,7 +79,7 @@ class SafeSetCertificate(Certificate):
         delta_p: failure probability of the values, beside delta_s.
         tau: lower bound of every positive probability that was assumed.
         n_support: draws after which a pair's outcomes were believed to be all it has.
-        n_pools: pools of draws that were tested.
+        n_pools: pools of draws that were tested, at least those of pairs that a start leads to.
         values: whether the radii behind the values hold at all times; otherwise there are no values.
         evidence: what was declared and drawn.
 
@@ -247,38 +248,70 @@ def _proof(
     values: bool,
     contradicted: bool,
 ) -> _Proof:
-    outcomes, counts = evidence.outcomes, np.asarray(evidence.counts)
-    safe_set = outcomes.pairs("safe_set", evidence.safe_set)
-    if counts.shape != outcomes.candidates.shape or counts.dtype.kind not in "iu" or (counts < 0).any():
-        raise ValueError(
-            f"counts must be numbers of draws of shape {outcomes.candidates.shape}, got {counts.dtype} {counts.shape}"
-        )
-    if (counts[~outcomes.candidates] > 0).any():
-        raise ValueError("counts must show candidate slots only")
-    needed = np.unique(evidence.pool_of[outcomes.nonterminal]).size
-    if n_pools < needed:
-        raise ValueError(f"n_pools must count the {needed} pools of the evidence, got {n_pools}")
-    draws = counts.sum(-1)
-    known = (draws >= n_support) & outcomes.valid
+    outcomes = evidence.outcomes
+    safe_set, counts, extra, policy = _checked(evidence, n_pools)
+    draws = counts.sum(-1, dtype=np.float64)  # integers might wrap around
+    known = (draws >= n_support) & outcomes.nonterminal  # nothing else was paid for
     possible = np.where(known[..., None], counts > 0, outcomes.candidates)
     pairs = expand(outcomes, safe_set, known, possible)
     certified = n_support >= support_samples(tau, delta_s, n_pools) and not contradicted
     if not (values and certified):
         return _Proof(pairs, certified, None, None)
-    acting = np.flatnonzero(evidence.policy >= 0)
-    if not pairs[acting, evidence.policy[acting]].all():
-        raise ValueError("policy must choose pairs of the safe set")
+    inside = pairs.any(1)
+    if ((policy >= 0) != inside).any() or not pairs[inside, policy[inside]].all():
+        raise ValueError("policy must choose pairs of the safe set, in every state that owns one and nowhere else")
     n_possible = possible.sum(-1)
-    radii = l1_radius(draws, np.maximum(n_possible, 1), delta_p / n_pools) + np.asarray(evidence.extra)
+    radii = l1_radius(draws, np.maximum(n_possible, 1), delta_p / n_pools) + extra
     estimates = counts / np.maximum(draws, 1)[..., None]
     sure = n_possible == 1
     estimates[sure], radii[sure] = possible[sure], 0.0
     beliefs = Beliefs(outcomes, estimates, np.minimum(radii, 2.0), possible)
-    worst = evaluate(beliefs, evidence.policy)
+    worst = evaluate(beliefs, policy)
     dangerous = known & (possible & outcomes.dangerous).any(-1)
     best = optimise(beliefs, allowed=pairs | (outcomes.valid & ~dangerous))
     start = np.asarray(outcomes.start)
     return _Proof(pairs, True, float(start @ worst.values - worst.error), float(start @ best.values + best.error))
+
+
+def _checked(evidence: Evidence, n_pools: int) -> tuple[Flags, Integers, Floats, Integers]:
+    """The first safe set, the counts, the extra distances and the policy, if they can be what an honest learner has seen.
+
+    Raises:
+        ValueError: if they cannot.
+    """
+    outcomes = evidence.outcomes
+    pair_shape, n_states, taken = outcomes.valid.shape, outcomes.n_states, outcomes.nonterminal
+    safe_set = outcomes.pairs("safe_set", evidence.safe_set)
+    counts = _integers("counts", evidence.counts, outcomes.candidates.shape, 0)
+    pool_of = _integers("pool_of", evidence.pool_of, pair_shape, 0)
+    policy = _integers("policy", evidence.policy, (n_states,), -1, outcomes.n_actions - 1)
+    extra = check_finite_array("extra", evidence.extra)
+    if extra.shape != pair_shape or extra.min() < 0:
+        raise ValueError(f"extra must be distances >= 0 of shape {pair_shape}, got {extra.shape}, least {extra.min()}")
+    if (counts[~outcomes.candidates] > 0).any():
+        raise ValueError("counts must show candidate slots only")
+    _, first, pool = np.unique(pool_of[taken], return_index=True, return_inverse=True)
+    if n_pools < len(first):
+        raise ValueError(f"n_pools must count the {len(first)} pools of the evidence, got {n_pools}")
+    for name, table in (("counts", counts[taken]), ("extra", extra[taken])):
+        if (table != table[first][pool]).any():
+            raise ValueError(f"{name} must be the same for all pairs of a pool")
+    home = safe_set.any(1)
+    leaves = ~(outcomes.terminal | home[outcomes.successors]) | outcomes.dangerous
+    if not home[np.asarray(outcomes.start) > 0].all() or (outcomes.candidates & leaves)[safe_set].any():
+        raise ValueError("safe_set must own a pair at every start, be free of danger and never be left")
+    return safe_set, counts, extra, policy
+
+
+def _integers(name: str, value: Any, shape: tuple[int, ...], least: int, most: int | None = None) -> Integers:
+    given = np.asarray(value)
+    if given.shape != shape or given.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be integers of shape {shape}, got {given.dtype} {given.shape}")
+    if given.min() < least or (most is not None and given.max() > most):
+        raise ValueError(
+            f"{name} must be integers >= {least}{'' if most is None else f', <= {most}'}, got {given.min()} to {given.max()}"
+        )
+    return given
 
 
 def _arrays(evidence: Evidence) -> dict[str, NDArray[Any]]:

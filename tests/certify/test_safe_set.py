@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from agents.ase.small import hidden_danger, late_proof, random_world, world
+from agents.ase.small import STAYS, hidden_danger, late_proof, random_world, world
 from scipy.stats import binom
 
 from robustrl.agents.ase import ASE
-from robustrl.certify.safe_set import SafeSetCertificate
+from robustrl.certify.safe_set import Evidence, SafeSetCertificate
 from robustrl.certify.transitions import l1_radius, support_samples
 from robustrl.errors import CertificateError
+from robustrl.mdp import Analogy
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +179,135 @@ def test_a_policy_that_leaves_the_set_has_no_value() -> None:
     assert not hasty.pairs[0, 1]
     with pytest.raises(CertificateError, match="policy"):
         forged(hasty, evidence=hasty.evidence._replace(policy=policy)).verify()
+
+
+FORGERIES: list[tuple[str, object]] = [
+    ("extra", lambda e: e.extra - 0.05),
+    ("extra", lambda e: e.extra * np.nan),
+    ("extra", lambda e: e.extra[0]),
+    ("extra", lambda e: np.zeros(())),
+    ("counts", lambda e: e.counts.astype(float)),
+    ("counts", lambda e: -e.counts),
+    ("counts", lambda e: e.counts[:1]),
+    ("counts", lambda e: e.counts + ~e.outcomes.candidates),
+    ("pool_of", lambda e: e.pool_of[:2]),
+    ("pool_of", lambda e: e.pool_of[..., None] * np.ones(3, dtype=int)),
+    ("pool_of", lambda e: e.pool_of * np.nan),
+    ("safe_set", lambda e: np.zeros_like(e.safe_set)),
+    ("safe_set", lambda e: e.safe_set & (np.arange(len(e.safe_set)) != 1)[:, None]),  # state 0 leads to state 1
+    ("safe_set", lambda e: e.safe_set & (np.arange(len(e.safe_set)) != 0)[:, None]),  # the start
+    ("policy", lambda e: np.full_like(e.policy, -1)),
+    ("policy", lambda e: np.where(e.policy < 0, -7, e.policy)),
+    ("policy", lambda e: e.policy + 100),
+    ("policy", lambda e: e.policy[:2]),
+    ("policy", lambda e: e.policy.astype(float)),
+    ("policy", lambda e: np.where(e.policy < 0, 0, e.policy)),
+]
+
+
+@pytest.mark.parametrize(("field", "forge"), FORGERIES)
+def test_evidence_that_no_learner_can_have_seen_is_refused(field: str, forge: Any, certificate: SafeSetCertificate) -> None:
+    evidence = certificate.evidence._replace(**{field: forge(certificate.evidence)})
+    with pytest.raises(CertificateError, match=f"from its evidence: {field} must"):
+        forged(certificate, evidence=evidence).verify()
+
+
+@pytest.mark.parametrize(("field", "table"), [("counts", np.eye(2, dtype=int)), ("extra", np.array([0.1, 0.2]))])
+def test_pairs_of_one_pool_have_its_draws(field: str, table: np.ndarray) -> None:
+    """Else one pool, and the few draws that prove it, could stand for all pairs."""
+    of = world(2, STAYS, [(0, 0), (1, 0)], [])
+    parts: dict[str, Any] = {"counts": np.ones((2, 1, 2), dtype=int), "extra": np.zeros((2, 1))}
+    evidence = Evidence(
+        of.outcomes, of.safe_set, parts["counts"], parts["extra"], np.zeros((2, 1), dtype=int), np.zeros(2, dtype=int)
+    )
+    n_support = support_samples(0.3, 0.025, 1)
+    assert SafeSetCertificate.of(evidence, delta_s=0.025, delta_p=0.025, tau=0.3, n_support=n_support, n_pools=1).certified
+    other = evidence._replace(**{field: parts[field] + table.reshape(parts[field].shape)})
+    with pytest.raises(ValueError, match=f"{field} must be the same for all pairs of a pool"):
+        SafeSetCertificate.of(other, delta_s=0.025, delta_p=0.025, tau=0.3, n_support=n_support, n_pools=1)
+
+
+def test_a_first_set_that_may_meet_danger_without_leaving_is_refused(certificate: SafeSetCertificate) -> None:
+    """A cliff: the step is dangerous, and goes on inside the set."""
+    known = certificate.evidence.outcomes
+    outcomes = replace(known, dangerous=known.candidates & certificate.evidence.safe_set[..., None])
+    with pytest.raises(CertificateError, match="safe_set must .* be free of danger"):
+        forged(certificate, evidence=certificate.evidence._replace(outcomes=outcomes)).verify()
+
+
+def test_draws_without_number_do_not_overflow() -> None:
+    of = world(1, {(0, 0): [(0, 0.5, 0.0, ""), (0, 0.5, 1.0, "")]}, [(0, 0)], [], tau=0.5)
+    none = np.zeros((1, 1))
+    evidence = Evidence(of.outcomes, of.safe_set, np.full((1, 1, 2), 2**62), none, none.astype(int), np.zeros(1, dtype=int))
+    found = SafeSetCertificate.of(evidence, delta_s=0.025, delta_p=0.025, tau=0.5, n_support=7, n_pools=1)
+    assert found.value_lower == pytest.approx(5, abs=1e-4)
+    assert found.value_upper == pytest.approx(5, abs=1e-4)
+
+
+def test_pairs_that_no_start_leads_to_are_not_added() -> None:
+    """State 2 is part of the first safe set but never entered: n_pools does not cover what would extend the set there."""
+    moves = {(s, 0): [(s, 1.0, 0.0, "")] for s in range(3)} | {(2, 1): [(2, 0.5, 0.0, ""), (0, 0.5, 0.0, "")]}
+    of = world(3, moves, [(0, 0), (1, 0), (2, 0)], [], tau=0.5)
+    counts = of.outcomes.candidates * np.array([50, 50])
+    evidence = Evidence(
+        of.outcomes, of.safe_set, counts, np.zeros((3, 2)), np.arange(6).reshape(3, 2), np.zeros(3, dtype=int)
+    )  # fmt: skip
+    found = SafeSetCertificate.of(evidence, delta_s=0.025, delta_p=0.025, tau=0.5, n_support=7, n_pools=1)
+    assert found.certified
+    assert (found.pairs == of.safe_set).all()
+    started = evidence._replace(outcomes=replace(of.outcomes, start=np.full(3, 1 / 3)))
+    assert SafeSetCertificate.of(started, delta_s=0.025, delta_p=0.025, tau=0.5, n_support=9, n_pools=4).pairs[2, 1]
+
+
+def test_what_is_retracted_is_out_of_the_certificate() -> None:
+    """A false class, or a tau that is too large: the agent goes on, and its certificate says the same as it, proving nothing."""
+    moves = {
+        (0, 0): [(0, 0.7, 0.0, ""), (1, 0.3, 0.0, "")],
+        (1, 0): [(0, 0.7, 0.0, ""), (1, 0.3, 0.0, "")],
+        (1, 1): [(0, 0.7, 0.5, ""), (1, 0.3, 0.5, "")],
+    }
+    blind = world(2, moves, [(0, 0), (1, 0)], [], tau=0.95, open_=False)
+    blind.analogy = Analogy.classes([[0, 5], [0, 0]])
+    wall = world(
+        2,
+        {
+            (0, 0): [(0, 0.5, 0.0, ""), (1, 0.5, 0.0, "")],
+            (1, 0): [(1, 0.45, 0.0, ""), (0, 0.45, 0.0, ""), (0, 0.1, 0.5, "")],
+        },
+        [(0, 0), (1, 0)],
+        [],
+        tau=0.1,
+        open_=False,
+    )
+    wall.analogy = Analogy.classes([[0], [0]])
+    for of in (blind, wall):
+        contradicted = 0
+        for seed in range(8):
+            agent = ASE(of, seed=seed, on_violation="retract").learn(300)
+            found = agent.certificate()
+            assert (found.pairs == agent.safe_set).all()
+            assert found.certified is not found.contradicted
+            found.verify()
+            contradicted += found.contradicted
+        assert contradicted
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_best_analogue_may_be_near_rather_than_equal(seed: int) -> None:
+    """At every moment the certificate can be made, says what the agent believes, and can be verified."""
+    first = (0.6, 0.55, 0.5, 0.52, 0.58, 0.5)
+    to = {(0, 0): (1, 0), (1, 0): (0, 1), (0, 1): (1, 2), (1, 1): (0, 2), (2, 0): (0, 1), (2, 1): (0, 2)}
+    of = world(
+        3,
+        {pair: [(ends[0], p, 0.0, ""), (ends[1], 1 - p, 0.3, "")] for (pair, ends), p in zip(to.items(), first, strict=True)},
+        [(0, 0), (1, 0)],
+        [(x, y) for x, y in itertools.combinations(to, 2)],
+        tau=0.4,
+        l1=0.2,
+    )
+    agent = ASE(of, seed=seed, sharing="best")
+    for _ in range(20):
+        found = agent.learn(8, reset_num_timesteps=False).certificate()
+        assert (found.pairs == agent.safe_set).all()
+        found.verify()
+    assert found.pairs.sum() == 6
