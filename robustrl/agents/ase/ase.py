@@ -201,6 +201,8 @@ class ASE(SafeLearner):
         learnt = knowledge.record(state, action, slot)
         if self.on_violation == "retract" and int(knowledge.barred.sum()) != self._n_barred:
             self._retract()
+        if learnt.size:
+            self._greedy = None
         pool = knowledge.pool_of[state * self.outcomes.n_actions + action]
         self._stale = (
             self._stale
@@ -238,6 +240,7 @@ class ASE(SafeLearner):
         if self._stale:
             self._plan()
         if self._greedy is None:
+            self.planner.expand()
             found = optimise(
                 self.knowledge.beliefs(), allowed=self.planner.safe, optimistic=False, tolerance=TOLERANCE * self.planner.scale
             )

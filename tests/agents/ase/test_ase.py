@@ -356,13 +356,14 @@ def test_what_is_predicted_is_what_is_proven_best_and_what_the_certificate_bound
     assert agent.certificate().value_lower == pytest.approx(0.5, abs=1e-5)
 
 
-def test_the_certificate_is_of_the_policy_that_is_predicted(tmp_path: Path) -> None:
-    agent = ASE(late_proof(), seed=0)
-    for _ in range(40):
-        agent.learn(7, reset_num_timesteps=False)
+@pytest.mark.parametrize("make", [late_proof, lambda: random_world(1)])
+def test_the_certificate_is_of_the_policy_and_the_set_that_are_used(make: Any, tmp_path: Path) -> None:
+    agent = ASE(make(), seed=0)
+    for _ in range(120):
+        agent.learn(1, reset_num_timesteps=False)
         certificate = agent.certificate()
         np.testing.assert_array_equal(certificate.evidence.policy, agent.greedy())
-        certificate.verify()
+        np.testing.assert_array_equal(certificate.pairs, agent.safe_set)
     agent.save(tmp_path / "agent")
     np.testing.assert_array_equal(ASE.load(tmp_path / "agent").greedy(), agent.greedy())
 
