@@ -296,7 +296,7 @@ def _checked(evidence: Evidence, n_pools: int) -> tuple[Flags, Integers, Floats,
     for name, table in (("counts", counts[taken]), ("extra", extra[taken])):
         if (table != table[first][pool]).any():
             raise ValueError(f"{name} must be the same for all pairs of a pool")
-    home = safe_set.any(1)
+    home: Flags = np.any(safe_set, axis=1)
     leaves = ~(outcomes.terminal | home[outcomes.successors]) | outcomes.dangerous
     if not home[np.asarray(outcomes.start) > 0].all() or (outcomes.candidates & leaves)[safe_set].any():
         raise ValueError("safe_set must own a pair at every start, be free of danger and never be left")

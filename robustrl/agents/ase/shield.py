@@ -22,7 +22,7 @@ class SafeActionMask(gym.Wrapper[Any, Any, Any, Any]):
     Args:
         env: with Discrete spaces.
         safe: pairs that may be taken, bool (S, A).
-        outcomes: what pairs may lead to, and
+        outcomes: what pairs may lead to, also those outcomes that are assumed away for a first safe set, and
         support: the slots that may fire, bool (S, A, K): needed by `robust_mask` and `inflate_support` alone; default every candidate.
         on_unsafe: what `step` does with an action that is not safe: "raise", or "replace" it by the first one that is.
 
@@ -47,8 +47,9 @@ class SafeActionMask(gym.Wrapper[Any, Any, Any, Any]):
             if not isinstance(space, spaces.Discrete) or space.n != size:
                 raise ValueError(f"env must have a Discrete({size}) {name} space for this safe set, got {space}")
         self.first_state, self.first_action = int(env.observation_space.start), int(env.action_space.start)  # type: ignore[attr-defined]
-        self.outcomes = outcomes
-        self.support = outcomes.candidates if support is None and outcomes is not None else support
+        self.outcomes, self.support = outcomes, support
+        if outcomes is not None:
+            self.support = outcomes.slots("support", outcomes.candidates if support is None else support)
         self.on_unsafe: str = check_choice("on_unsafe", on_unsafe, ("raise", "replace"))
         self._state: int | None = None
 
@@ -75,9 +76,11 @@ class SafeActionMask(gym.Wrapper[Any, Any, Any, Any]):
         """A step; `info["shielded"]` says whether the action was replaced.
 
         Raises:
-            ValueError: for an unsafe action, with `on_unsafe="raise"`.
+            ValueError: for an unsafe action, with `on_unsafe="raise"`; for one that does not exist, always.
         """
         mask = self.action_masks()
+        if not self.action_space.contains(action):
+            raise ValueError(f"action must be one of {self.action_space}, got {action!r}")
         shielded = not mask[int(action) - self.first_action]
         if shielded:
             if self.on_unsafe == "raise":
@@ -92,7 +95,8 @@ class SafeActionMask(gym.Wrapper[Any, Any, Any, Any]):
     def robust_mask(self, hidden: Any) -> Flags:
         """Actions that are safe in whichever state an attacker of the observations is hiding: no danger is met, for ever.
 
-        States that may look like others with which they share no safe action are avoided altogether, and so is what may lead there.
+        States that may look like others with which they share no safe action are avoided altogether, and so is what may lead there:
+        all of them at a time, so it holds, but a larger one may exist.
 
         Args:
             hidden: bool (S, S), dense or a scipy sparse array: whether the first state, as seen, may hide the second. Every state
@@ -100,7 +104,7 @@ class SafeActionMask(gym.Wrapper[Any, Any, Any, Any]):
         Returns:
             bool (S, A): for every state as seen; a row is empty where no state that may still be met can look like it.
         Raises:
-            ValueError: if nothing safe is left at a start.
+            ValueError: if none was found that leaves something safe at every start.
         """
         outcomes, support = self._known()
         n_states = len(self.safe)
@@ -119,16 +123,16 @@ class SafeActionMask(gym.Wrapper[Any, Any, Any, Any]):
             confused = seen_as.T @ helpless.astype(np.int32) > 0
             safe = closed_subset(outcomes, safe & ~confused[:, None], support)
             if not safe.any():
-                raise ValueError("hidden must leave a safe action at every start, whatever it looks like; it does not")
+                raise ValueError("hidden must leave a safe action at every start, whatever it looks like; none was found")
 
     def inflate_support(self, extra: ArrayLike) -> SafeActionMask:
         """The shield for an attacker of actions, or a world that slips more: pairs may also fire `extra` slots, bool (S, A, K).
 
         Raises:
-            ValueError: if nothing safe is left at a start.
+            ValueError: if nothing safe is left at a start, or `extra` holds slots that are no candidates of `outcomes`.
         """
         outcomes, support = self._known()
-        more = outcomes.slots("extra", np.asarray(extra) & outcomes.candidates) | support
+        more = outcomes.slots("extra", extra) | support
         kept = closed_subset(outcomes, self.safe, more)
         if not kept.any():
             raise ValueError("extra must leave a safe action at every start; it does not")

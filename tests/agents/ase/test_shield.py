@@ -49,6 +49,11 @@ def test_unsafe_actions_are_refused_or_replaced() -> None:
         *_, ended, _, info = lenient.step(1)
         assert info["shielded"]
         assert not ended
+    for shield in (strict, lenient):
+        shield.reset(seed=0)
+        for nonsense in (-1, 2, 0.5):
+            with pytest.raises(ValueError, match=r"action must be one of Discrete\(2\), got"):
+                shield.step(nonsense)
     with pytest.raises(ValueError, match="Discrete"):
         SafeActionMask(of, np.ones((3, 3), dtype=bool))
     empty = SafeActionMask(of, np.zeros((4, 2), dtype=bool))
@@ -116,7 +121,7 @@ def test_a_hiding_place_without_a_common_action_is_avoided_or_refused() -> None:
     apart = np.zeros_like(shield.safe)
     apart[0, 1] = apart[2, 0] = True
     hidden[3] = [True, False, True, False]
-    with pytest.raises(ValueError, match="hidden must leave"):
+    with pytest.raises(ValueError, match=r"hidden must leave .*; none was found"):
         SafeActionMask(of, apart, outcomes=of.outcomes, support=shield.support).robust_mask(hidden)
     with pytest.raises(ValueError, match="shape"):
         shield.robust_mask(np.zeros((2, 2), dtype=bool))
@@ -140,6 +145,32 @@ def test_more_outcomes_make_a_smaller_shield_that_is_closed_under_them() -> None
             assert not outcomes.dangerous[s, a, k]
     with pytest.raises(ValueError, match="extra must leave"):
         shield.inflate_support(outcomes.candidates)
+
+
+def test_outcomes_that_the_first_safe_set_assumes_away_can_come_back() -> None:
+    """Home never leaves itself, it is said. For whom that is no longer true, the shield must let go what may leave."""
+    mdp, outcomes, safe = islands(TWO_ISLANDS)
+    agent = ASE(World(mdp, outcomes, safe, nearby(), 0.3), seed=0)
+    shield = agent.shield(agent.env.envs[0])  # type: ignore[union-attr]
+    assert (shield.safe == safe).all()
+    cut = outcomes.candidates & ~agent.outcomes.candidates
+    assert cut.any()
+    for s, a, k in np.argwhere(cut)[::97]:
+        extra = np.zeros_like(cut)
+        extra[s, a, k] = True
+        kept = shield.inflate_support(extra).safe
+        assert not kept[s, a]
+        assert kept.sum() < safe.sum()
+    everything = cut & (np.arange(8) > 3)[:, None]
+    more = shield.inflate_support(everything)
+    assert more.safe.any()
+    owners, may = more.safe.any(1), outcomes.candidates & (everything | agent.outcomes.candidates)
+    stays = (outcomes.terminal | owners[outcomes.successors]) & ~outcomes.dangerous
+    assert not (may & ~stays)[more.safe].any()
+    with pytest.raises(ValueError, match="extra must hold candidate slots"):
+        SafeActionMask(shield.env, safe, outcomes=agent.outcomes).inflate_support(cut)
+    with pytest.raises(ValueError, match="support must hold candidate slots"):
+        SafeActionMask(shield.env, safe, outcomes=agent.outcomes, support=outcomes.candidates)
 
 
 @pytest.mark.slow
