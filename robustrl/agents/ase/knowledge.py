@@ -114,7 +114,7 @@ class Knowledge:
     @property
     def known_pairs(self) -> Flags:
         """Pairs whose outcomes are known, (S, A)."""
-        found: Flags = self.known[self.pool_of].reshape(self.outcomes.valid.shape) & self.outcomes.valid
+        found: Flags = self.known[self.pool_of].reshape(self.outcomes.valid.shape) & self.outcomes.nonterminal
         return found
 
     @property

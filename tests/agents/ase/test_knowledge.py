@@ -259,6 +259,8 @@ def test_analogues_that_can_never_be_taken_exclude_nothing() -> None:
         found = knowledge(of)
         feed(found, of, found.n_support, pairs=[(0, 0), (1, 0)])
         assert found.proven
+        for _ in range(found.n_support):  # the promise is broken: nothing is proven there, n_pools does not count it
+            found.record(2, 0, 0)
         assert found.known_pairs.ravel().tolist() == [True, True, False]
         assert found.beliefs().radii[:, 0].tolist() == [*[l1_radius(found.n_support, 2, 0.025 / found.n_pools)] * 2, 0.0]
     of.analogy = Analogy.classes([[0], [0], [1]])
