@@ -227,6 +227,15 @@ def test_pairs_of_one_pool_have_its_draws(field: str, table: np.ndarray) -> None
         SafeSetCertificate.of(other, delta_s=0.025, delta_p=0.025, tau=0.3, n_support=n_support, n_pools=1)
 
 
+def test_a_policy_acts_wherever_it_can() -> None:
+    of = world(2, STAYS, [(0, 0), (1, 0)], [])
+    nothing = np.zeros((2, 1), dtype=int)
+    evidence = Evidence(of.outcomes, of.safe_set, np.ones((2, 1, 2), dtype=int), nothing * 0.0, nothing, np.array([0, -1]))
+    n_support = support_samples(0.3, 0.025, 1)
+    with pytest.raises(ValueError, match="policy must choose pairs of the safe set, in every state that owns one"):
+        SafeSetCertificate.of(evidence, delta_s=0.025, delta_p=0.025, tau=0.3, n_support=n_support, n_pools=1)
+
+
 def test_a_first_set_that_may_meet_danger_without_leaving_is_refused(certificate: SafeSetCertificate) -> None:
     """A cliff: the step is dangerous, and goes on inside the set."""
     known = certificate.evidence.outcomes

@@ -149,7 +149,7 @@ def test_draws_that_make_a_pair_known_are_in_the_evidence() -> None:
         shown = found.evidence(of.safe_set, np.zeros(2, dtype=int)).counts
         assert (shown.sum(-1) >= found.n_support).all()
         assert ((shown > 0) == found.possible).all()
-        found.record(1, 0, i % 2)
+        assert found.record(1, 0, i % 2).size == 0  # it was known before
     assert shown[1, 0].tolist() != shown[0, 0].tolist()  # its own in the end
 
 
