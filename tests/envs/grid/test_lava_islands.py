@@ -77,7 +77,7 @@ def test_without_terrain_the_analogy_would_be_false_at_the_edge() -> None:
 
 def test_analogues_are_at_most_five_cells_apart() -> None:
     env = LavaIslands("five_islands")
-    analogy = env.analogy.on(env.outcomes)
+    analogy = env.analogy
     rows, columns = np.divmod(analogy.members(8 * (12 * 25 + 12) + 3) // 8, 25)
     assert (np.unique(rows).tolist(), np.unique(columns).tolist()) == ([*range(7, 18)], [*range(7, 18)])
 
