@@ -64,7 +64,7 @@ def test_runs_that_are_there_are_kept(river: tuple[Path, list[ExplorationRun]]) 
     assert again == [runs[1], runs[0]]
     assert path.stat().st_mtime_ns == stamp
     for change in (
-        {"timesteps": 700}, {"delta": 0.4}, {"options": {"tau": 0.1}}, {"agent_options": {"ase": {"beta": 0.1}}},
+        {"timesteps": 700}, {"delta": 0.4}, {"options": {"tau": 0.1}}, {"options": {"unsafe": Unsafe.reward_below(-9)}}, {"agent_options": {"ase": {"beta": 0.1}}},
         {"env_kwargs": {"map": "river", "slip": 0.4}}, {"env": "FrozenLake-v1", "options": FROM_P, "env_kwargs": None},
     ):  # fmt: skip
         with pytest.raises(ValueError, match="out must be a folder for this experiment"):
