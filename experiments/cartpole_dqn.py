@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=1)
     arguments = parser.parse_args()
-    undefended, smoothed = ATTACKS
+    _, smoothed = ATTACKS
     proof = certificate(smoothed, arguments.episodes, arguments.workers)
     found = {name: attacked(name, arguments.workers) for name in ATTACKS}
 

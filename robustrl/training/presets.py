@@ -79,7 +79,6 @@ cartpole = Preset(
         train_freq=(16, "step"),
         gradient_steps=32,
         target_update_interval=160,
-        gamma=0.95,
         exploration_fraction=0.16,
         exploration_final_eps=0.04,
         policy_kwargs={"net_arch": [256, 256]},
