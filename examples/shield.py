@@ -66,10 +66,12 @@ def main() -> None:
     beside = (row[:, None] == row) & (np.abs(column[:, None] - column) <= 1)
     print(f"pairs allowed: {shield.safe.sum()}; whichever of three cells is shown: {shield.robust_mask(beside).sum()}")
 
-    # A world in which every step may also end one cell to the left or right: what can still be proven?
-    sideways = np.abs(rrl.envs.grid.lava_islands.WINDOW) == (0, 1)
-    wider = shield.inflate_support(world.unwrapped.outcomes.candidates & sideways.all(1))
-    print(f"pairs allowed if every step may also end one cell to the left or right: {wider.safe.sum()}")
+    # A world in which every jump may fall a cell short: what can still be proven?
+    islands, declared = rrl.envs.grid.lava_islands, world.unwrapped.outcomes
+    extra = np.zeros_like(declared.candidates)
+    for jump, course in enumerate(islands.COMPASS, start=4):
+        extra[:, jump] = (islands.WINDOW == course).all(1) & declared.candidates[:, jump]
+    print(f"pairs allowed if every jump may fall a cell short: {shield.inflate_support(extra).safe.sum()}")
 
 
 if __name__ == "__main__":
