@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from robustrl.envs.chain import check_chain
     from robustrl.envs.hosts import add_attack, add_noise
     from robustrl.envs.recipe import EnvRecipe, make_vec_env
+    from robustrl.networks.extractors import LipschitzCNN, LipschitzMLP
     from robustrl.noise import (
         Ablation,
         DeterministicSplitting,
@@ -65,6 +66,7 @@ _HOMES = {
     "robustrl.envs.chain": ("check_chain",),
     "robustrl.envs.hosts": ("add_attack", "add_noise"),
     "robustrl.envs.recipe": ("EnvRecipe", "make_vec_env"),
+    "robustrl.networks.extractors": ("LipschitzCNN", "LipschitzMLP"),
     "robustrl.policy.normalization": ("Normalization",),
     "robustrl.noise": (
         "Ablation", "DeterministicSplitting", "EntryAblation", "Gaussian", "Laplace", "Noise", "QuantisedGaussian",
@@ -107,6 +109,8 @@ __all__ = [
     "Gaussian",
     "Laplace",
     "Ledger",
+    "LipschitzCNN",
+    "LipschitzMLP",
     "Noise",
     "Normalization",
     "QuantisedGaussian",

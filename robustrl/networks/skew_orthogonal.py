@@ -113,7 +113,7 @@ def norm_bound(filters: Tensor) -> Tensor:
         at = int(torch.linalg.eigvalsh(1j * symbol(filters, rows, columns)).abs().amax(-1).argmax())
     row, column = divmod(at, len(columns))
     largest = torch.linalg.eigvalsh(1j * symbol(filters, rows[row, None], columns[column, None])).abs().max()
-    return largest / math.cos(math.pi * reach / n) ** 2
+    return torch.div(largest, math.cos(math.pi * reach / n) ** 2)
 
 
 def skew_exponential(inputs: Tensor, filters: Tensor, terms: int, padding_mode: str = "zeros") -> Tensor:
@@ -187,9 +187,10 @@ class OrthogonalLayer(nn.Module, ABC):
         return self._kept
 
     def _finite_operator(self) -> Tensor:
-        operator = self._keep().operator
-        if not bool(operator.isfinite().all()):
-            raise ValueError(f"weight of {type(self).__name__} must be finite, got NaN or inf")
+        if not (bool(self.weight.isfinite().all()) and bool((operator := self._keep().operator).isfinite().all())):
+            raise ValueError(
+                f"weight of {type(self).__name__} must be finite and not huge, got a largest entry of {self.weight.abs().max()}"
+            )
         return operator.double()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -292,10 +293,9 @@ class SkewOrthogonalConv2d(OrthogonalLayer):
         kept = self._keep()
         if size not in kept.spectra:
             with torch.inference_mode(False), torch.no_grad():
-                height, width = size
                 exact = kept.operator.double()
                 rows, columns = (torch.arange(n, dtype=exact.dtype, device=exact.device) * (2 * math.pi / n) for n in size)
-                factors = symbol(exact, rows, columns[: width // 2 + 1]).flatten(0, 1)
+                factors = symbol(exact, rows, columns[: size[1] // 2 + 1]).flatten(0, 1)
                 one = torch.eye(len(exact), dtype=factors.dtype, device=exact.device)
                 result = one
                 for term in range(self.terms, 0, -1):
@@ -313,7 +313,8 @@ class SkewOrthogonalConv2d(OrthogonalLayer):
 def _apply_spectrum(images: Tensor, spectrum: Tensor) -> Tensor:
     waves = torch.fft.rfft2(images)
     turned = spectrum @ waves.permute(2, 3, 1, 0).flatten(0, 1)
-    return torch.fft.irfft2(turned.unflatten(0, waves.shape[2:]).permute(3, 2, 0, 1), s=images.shape[2:])
+    outputs: Tensor = torch.fft.irfft2(turned.unflatten(0, waves.shape[2:]).permute(3, 2, 0, 1), s=images.shape[2:])
+    return outputs
 
 
 class OrthogonalLinear(OrthogonalLayer):
@@ -330,8 +331,8 @@ class OrthogonalLinear(OrthogonalLayer):
         super().__init__((size, size), self.out_features, bias)
 
     def _operator_of(self, weight: Tensor) -> Tensor:
-        # Gradients of a contiguous copy: slices of the exponential keep the whole of it alive.
-        return torch.linalg.matrix_exp(weight - weight.T)[: self.out_features, : self.in_features].contiguous()
+        whole: Tensor = torch.linalg.matrix_exp(weight - weight.T)
+        return whole[: self.out_features, : self.in_features].contiguous()
 
     def lipschitz(self) -> float:
         """See the base class; 1 up to the rounding of the exponential."""
