@@ -43,7 +43,7 @@ FAMILIES = {
     "swish": Family(functional.silu, 0.5, (-0.09983932012887, 1.09983932012887)),
     "softplus": Family(lambda x: functional.softplus(x) - math.log(2), 0.25, (0.0, 1.0)),
     "gelu": Family(functional.gelu, math.sqrt(2 / math.pi), (-0.12890414518516, 1.12890414518516)),
-    "mish": Family(functional.mish, 0.644204637036973, (-0.112526122389463, 1.08849816125173)),
+    "mish": Family(functional.mish, 0.644204637236973, (-0.112526122389463, 1.08849816125173)),
     "celu": Family(functional.celu, 1.0, (0.0, 1.0)),
     "squareplus": Family(lambda x: (x + (x.square() + 4).sqrt()) / 2 - 1, 0.25, (0.0, 1.0)),
     "smooth_relu": Family(lambda x: x.relu() - x.relu().log1p(), 1.0, (0.0, 1.0)),

@@ -116,7 +116,9 @@ def test_nothing_jumps_and_all_but_the_sigmoid_pass_through_zero(name: str, beta
     x = torch.linspace(-30, 30, 600_001, dtype=torch.float64)
     steps = layer(x).diff().abs()
     assert steps.max() <= layer.lipschitz() * 1e-4 * (1 + 1e-4)
-    assert float(layer(torch.zeros(1, dtype=torch.float64))) == pytest.approx(0.5 / beta if name == "sigmoid" else 0.0, abs=1e-15)
+    assert float(layer(torch.zeros(1, dtype=torch.float64))) == pytest.approx(
+        0.5 / beta if name == "sigmoid" else 0.0, abs=1e-15
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
