@@ -112,7 +112,8 @@ def norm_bound(filters: Tensor) -> Tensor:
     with torch.no_grad():
         at = int(torch.linalg.eigvalsh(1j * symbol(filters, rows, columns)).abs().amax(-1).argmax())
     row, column = divmod(at, len(columns))
-    largest = torch.linalg.eigvalsh(1j * symbol(filters, rows[row, None], columns[column, None])).abs().max()
+    # With vectors, so that the last bits are the same with and without a gradient.
+    largest = torch.linalg.eigh(1j * symbol(filters, rows[row, None], columns[column, None])).eigenvalues.abs().max()
     return torch.div(largest, math.cos(math.pi * reach / n) ** 2)
 
 

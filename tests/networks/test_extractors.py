@@ -265,3 +265,16 @@ def test_the_default_picture_network_takes_atari_frames() -> None:
 def test_bad_settings_are_refused(build: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("algorithm", [DQN, PPO])
+def test_attacks_see_through_the_extractor(algorithm: Any) -> None:
+    model = algorithm("MlpPolicy", "CartPole-v1", policy_kwargs=KWARGS, seed=0, device="cpu")
+    view = rrl.policy.PolicyView.from_sb3(model)
+    states = torch.randn(8, 4, requires_grad=True)
+    (slope,) = torch.autograd.grad(view.scores(states).sum(), states)
+    assert (slope.norm(dim=1) > 1e-3).all()
+    assert np.array_equal(view.scores(states).argmax(1).numpy(), model.predict(states.detach().numpy(), deterministic=True)[0])
+    frozen = view.for_inference()
+    with torch.no_grad():
+        torch.testing.assert_close(frozen.scores(states), view.scores(states))

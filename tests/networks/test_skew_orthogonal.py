@@ -185,6 +185,21 @@ def test_the_bound_of_the_norm_holds_for_every_picture_and_is_nearly_reached(ker
     assert between >= 15 or kernel_size == 1
 
 
+@pytest.mark.parametrize("reach", [1, 2])
+def test_the_bound_of_the_norm_is_reached_by_waves_between_the_frequencies(reach: int) -> None:
+    """cos(d (omega_1 - phi)) cos(d (omega_2 - phi)), off the diagonal and with i as a real rotation: its norm is 1 at phi, in the middle
+    of four points of the grid, and cos^2(pi / 16) at those."""
+    phi = math.pi / (16 * reach)
+    weight = torch.zeros(4, 4, 2 * reach + 1, 2 * reach + 1, dtype=torch.float64)
+    for a in (-reach, reach):
+        for b in (-reach, reach):
+            sine, cosine = math.sin((a + b) * phi), math.cos((a + b) * phi)
+            weight[:2, 2:, a + reach, b + reach] = torch.tensor([[cosine, sine], [-sine, cosine]], dtype=torch.float64) / 2
+    filters, middle = skew_filter(weight), torch.tensor([phi], dtype=torch.float64)
+    assert norm(symbol(filters, middle, middle)[0, 0]) == pytest.approx(1, rel=1e-12)
+    assert float(norm_bound(filters)) == pytest.approx(1, rel=1e-12)
+
+
 def test_the_bound_of_the_norm_is_far_below_that_by_reshaping() -> None:
     """The bound of the original method: the image height and width of the filter times the least norm of its reshapes."""
     filters = random_filter(16)
