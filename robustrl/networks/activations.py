@@ -1,7 +1,8 @@
 """Activations of known curvature: families of smooth ones, each with one setting, and ReLUs to compare with.
 
-f_beta(x) = f(beta x) / beta has the slopes of f and beta times its curvature max |f''|. Less curvature makes losses smoother in the
-input, so that attacks in one step stay accurate; too little leaves a nearly linear network. Neither end is best: treat it as a setting.
+f_beta(x) = f(beta x) / beta has the slopes of f and beta times its curvature, the largest size of f''. Less curvature makes losses
+smoother in the input, so that attacks in one step stay accurate; too little leaves a nearly linear network. Neither end is best: treat
+it as a setting.
 
 Source: Singla, Singla, Jacobs, Feizi (ICCV 2021), arXiv:2102.07861. The secant curvature, one figure for smooth and kinked functions,
 and the bounded parametrisation of a learned beta are ours.
@@ -30,7 +31,7 @@ class Family:
 
     Attributes:
         function: of tensors, entry by entry; 0 at 0 but for the sigmoid.
-        curvature: max |f''|, or its limit.
+        curvature: the largest size of f'', or its limit.
         slopes: inf and sup of f'.
     """
 
@@ -64,7 +65,7 @@ class Activation(nn.Module, ABC):
 
     @abstractmethod
     def curvature(self) -> float:
-        """max |f''|; inf with a kink."""
+        """The largest size of the second derivative; inf with a kink."""
 
     @abstractmethod
     def slopes(self) -> tuple[float, float]:
@@ -72,14 +73,14 @@ class Activation(nn.Module, ABC):
 
     @abstractmethod
     def secant_curvature(self, h: float = SECANT_STEP) -> float:
-        """sup_x |f'(x + h) - f'(x - h)| / 2h: the curvature of f averaged over x +- h, finite with kinks too.
+        """Largest difference of the slopes at x + h and x - h, over 2h: the curvature of f averaged over x +- h; finite with kinks too.
 
         Args:
             h: half the distance, in units of the input, > 0. Compare functions at one h; as h falls it becomes `curvature()`.
         """
 
     def lipschitz(self) -> float:
-        """max |f'|."""
+        """The largest size of the slope."""
         return max(map(abs, self.slopes()))
 
 

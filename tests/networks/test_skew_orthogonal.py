@@ -323,6 +323,22 @@ def test_training_and_evaluation_compute_the_same(name: str) -> None:
     assert not list(layer.buffers())
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_weights_have_gradients_in_either_mode_unless_they_are_frozen(name: str, training: bool) -> None:
+    layer, inputs = LAYERS[name]().train(training), inputs_for(name).requires_grad_()
+    with torch.no_grad():
+        layer(inputs)
+    layer(inputs).square().sum().backward()
+    gradient = next(layer.parameters()).grad
+    assert gradient is not None
+    assert gradient.abs().max() > 0
+    layer.zero_grad()
+    layer.requires_grad_(False)(inputs).square().sum().backward()
+    assert next(layer.parameters()).grad is None
+    assert inputs.grad is not None
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_copies_and_pickles_answer_bit_for_bit_the_same_and_carry_weights_alone(name: str) -> None:
     layer, inputs = LAYERS[name]().requires_grad_(False), inputs_for(name)
