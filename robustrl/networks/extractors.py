@@ -60,7 +60,8 @@ class LipschitzExtractor(BaseFeaturesExtractor):
 class LipschitzMLP(LipschitzExtractor):
     """Orthogonal linear layers with norm-preserving activations between and after them; observations are flattened.
 
-    Use: `policy_kwargs=dict(features_extractor_class=rrl.LipschitzMLP, net_arch=[])`.
+    Use: `policy_kwargs=dict(features_extractor_class=rrl.LipschitzMLP, net_arch=[])`; with PPO and A2C also
+    `share_features_extractor=False`, or the critic's loss shapes the features, and a larger learning rate than for plain networks.
 
     Args:
         observation_space: any that Stable-Baselines3 flattens.

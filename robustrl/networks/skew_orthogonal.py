@@ -159,7 +159,10 @@ class OrthogonalLayer(nn.Module, ABC):
 
     def __init__(self, size: tuple[int, ...], outputs: int, bias: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(size) / math.sqrt(size[0]))
+        # Entries of size 1, scaled where they are used: optimisers with steps of one size per entry then turn wide and narrow
+        # layers alike, as slowly as a plain layer after this one learns to scale up its outputs.
+        self.weight = nn.Parameter(torch.randn(size))
+        self.scale = 1 / math.sqrt(size[0])
         self.bias = nn.Parameter(torch.empty(outputs).uniform_(-1, 1) / math.sqrt(outputs)) if bias else None
         self._kept: _Kept | None = None
 
@@ -199,7 +202,7 @@ class OrthogonalLayer(nn.Module, ABC):
 
 
 class SkewOrthogonalConv2d(OrthogonalLayer):
-    """S_K(A) x + b: A the convolution by the skew part of `weight`, scaled down to norm R where it is larger.
+    """S_K(A) x + b: A the convolution by the skew part of `weight` / sqrt(channels), scaled down to norm R if larger.
 
     A stride first moves blocks of pixels to channels; missing channels are zeros, superfluous ones are dropped. With no more outputs
     than inputs (in_channels * stride^2) gradients keep their norm going back, otherwise the signal does going forward, up to
@@ -247,7 +250,7 @@ class SkewOrthogonalConv2d(OrthogonalLayer):
         super().__init__((channels, channels, self.kernel_size, self.kernel_size), self.out_channels, bias)
 
     def _operator_of(self, weight: Tensor) -> Tensor:
-        filters = skew_filter(weight)
+        filters = skew_filter(weight) * self.scale
         return filters * (self.max_norm / norm_bound(filters).clamp_min(self.max_norm))
 
     def lipschitz(self) -> float:
@@ -319,7 +322,7 @@ def _apply_spectrum(images: Tensor, spectrum: Tensor) -> Tensor:
 
 
 class OrthogonalLinear(OrthogonalLayer):
-    """Q x + b: Q a block of exp(W - W^T), so with orthonormal rows or columns, whichever are fewer.
+    """Q x + b: Q a block of exp((W - W^T) / sqrt(size)), so with orthonormal rows or columns, whichever are fewer.
 
     Args:
         in_features, out_features: sizes; the cost is that of the exponential of a square matrix of the larger one.
@@ -332,7 +335,7 @@ class OrthogonalLinear(OrthogonalLayer):
         super().__init__((size, size), self.out_features, bias)
 
     def _operator_of(self, weight: Tensor) -> Tensor:
-        whole: Tensor = torch.linalg.matrix_exp(weight - weight.T)
+        whole: Tensor = torch.linalg.matrix_exp((weight - weight.T) * self.scale)
         return whole[: self.out_features, : self.in_features].contiguous()
 
     def lipschitz(self) -> float:

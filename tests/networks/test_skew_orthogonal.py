@@ -55,7 +55,7 @@ def layer_of(weight: Tensor, **settings: object) -> SkewOrthogonalConv2d:
     channels, _, kernel_size, _ = weight.shape
     layer = SkewOrthogonalConv2d(channels, channels, kernel_size, bias=False, **settings).double()  # type: ignore[arg-type]
     with torch.no_grad():
-        layer.weight.copy_(weight)
+        layer.weight.copy_(weight / layer.scale)
     return layer
 
 
@@ -270,7 +270,7 @@ def test_a_frozen_circular_layer_computes_the_same_by_fourier(size: tuple[int, i
     torch.testing.assert_close(torch.autograd.grad(frozen.square().sum(), pictures)[0], slope, atol=1e-12, rtol=0)
     with torch.no_grad():
         layer.weight.add_(0.1)
-        other = layer_of(layer.weight, padding_mode="circular", terms=4)
+        other = layer_of(layer.weight * layer.scale, padding_mode="circular", terms=4)
         other.bias = layer.bias
         folded = nn.functional.pad(pictures, (0, 0, 0, 0, 0, 1))
         torch.testing.assert_close(layer(pictures), other(folded), atol=1e-12, rtol=0)
@@ -383,7 +383,7 @@ def test_gradients_are_those_of_the_whole_operator(padding_mode: str, scale: flo
         return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, pictures)
 
     pictures = torch.randn(2, 1, 4, 4, dtype=torch.float64, requires_grad=True)
-    weight = (scale * torch.randn(4, 4, 3, 3, dtype=torch.float64)).requires_grad_()
+    weight = (2 * scale * torch.randn(4, 4, 3, 3, dtype=torch.float64)).requires_grad_()
     bias = torch.randn(2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(forward, (pictures, weight, bias))
 
@@ -439,7 +439,7 @@ def test_weights_that_are_not_finite_have_no_constant(name: str) -> None:
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 10), (4, 64), (7, 7)])
 def test_a_linear_layer_is_a_block_of_the_exponential_of_a_skew_matrix(inputs: int, outputs: int) -> None:
     layer = OrthogonalLinear(inputs, outputs).double()
-    weight = layer.weight.detach().numpy()
+    weight = layer.weight.detach().numpy() / math.sqrt(max(inputs, outputs))
     dense = matrix(layer, inputs)
     np.testing.assert_allclose(dense, scipy.linalg.expm(weight - weight.T)[:outputs, :inputs], atol=1e-12)
     values = torch.linalg.svdvals(dense)
