@@ -1,9 +1,9 @@
 """Layers with Lipschitz constant 1 in l2 that keep the norm of what passes them: skew orthogonal convolutions and what goes between.
 
 A convolution by a filter W with W[o, i, d] = -W[i, o, -d] is a skew-symmetric matrix A, with zeros or wrapped around at the border
-alike; exp(A) is orthogonal. The layer computes the Taylor polynomial S_K(A) of degree K, whose singular values are |P_K(i theta)| over
-the eigenvalues i theta of A, P_K the polynomial in one variable. For K divisible by four none of them is above 1 while |theta| <= R_K:
-no error term is needed.
+alike; exp(A) is orthogonal. The layer computes the Taylor polynomial S_K(A) of degree K, whose singular values are the sizes of
+P_K(i theta) at the eigenvalues i theta of A, P_K the polynomial in one variable. For K divisible by four none of them is above 1 while
+the norm of A is at most R_K: no error term is needed.
 
 Every operator is a function of the layer's parameters alone. There are no buffers and no power iterations that go stale, training and
 evaluation compute the same, and what is kept between calls without gradients is made anew when a weight has changed in any way.
@@ -48,7 +48,7 @@ def taylor_singular_values(terms: int, norm: float) -> tuple[float, float]:
         terms: K >= 1, the degree of the Taylor polynomial.
         norm: R > 0.
     Returns:
-        min and max of |P_K(i theta)| over 0 <= theta <= R.
+        min and max of the size of P_K(i theta) over 0 <= theta <= R.
     Raises:
         ValueError: if either is out of range.
     """
