@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from robustrl.envs.hosts import add_attack, add_noise
     from robustrl.envs.recipe import EnvRecipe, make_vec_env
     from robustrl.exploration import explore
+    from robustrl.networks.extractors import LipschitzCNN, LipschitzMLP
     from robustrl.noise import (
         Ablation,
         DeterministicSplitting,
@@ -69,6 +70,7 @@ _HOMES = {
     "robustrl.envs.hosts": ("add_attack", "add_noise"),
     "robustrl.envs.recipe": ("EnvRecipe", "make_vec_env"),
     "robustrl.exploration": ("explore",),
+    "robustrl.networks.extractors": ("LipschitzCNN", "LipschitzMLP"),
     "robustrl.policy.normalization": ("Normalization",),
     "robustrl.noise": (
         "Ablation", "DeterministicSplitting", "EntryAblation", "Gaussian", "Laplace", "Noise", "QuantisedGaussian",
@@ -112,6 +114,8 @@ __all__ = [
     "Gaussian",
     "Laplace",
     "Ledger",
+    "LipschitzCNN",
+    "LipschitzMLP",
     "Noise",
     "Normalization",
     "QuantisedGaussian",

@@ -6,6 +6,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pytest
@@ -41,6 +42,13 @@ def test_the_pages_on_attacks_run_block_after_block(page: str, tmp_path: Path, m
     assert len(blocks(f"docs/methods/{page}.md")) >= 2
     for block in blocks(f"docs/methods/{page}.md"):
         exec(block, namespace)  # the page is ours
+
+
+def test_the_page_on_lipschitz_networks_runs() -> None:
+    (block,) = blocks("docs/methods/lipschitz_networks.md")
+    namespace: dict[str, Any] = {}
+    exec(block, namespace)  # the page is ours
+    assert namespace["extractor"].lipschitz() == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("page", ["splitting", "label_flips"])

@@ -44,6 +44,8 @@ _SB3_CLASSES = (
     "stable_baselines3.common.torch_layers.NatureCNN",
     "stable_baselines3.common.torch_layers.CombinedExtractor",
     "stable_baselines3.common.sb2_compat.rmsprop_tf_like.RMSpropTFLike",
+    "robustrl.networks.extractors.LipschitzMLP",
+    "robustrl.networks.extractors.LipschitzCNN",
 )
 """Imported when a file names them."""
 
