@@ -203,6 +203,7 @@ def test_models_train_and_come_back_from_their_files_bit_for_bit(algorithm: Any,
     states = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
     for loaded in (
         algorithm.load(tmp_path / "model", device="cpu"),
+        rrl.load_agent(tmp_path / "model.zip", "CartPole-v1", algo=algorithm.__name__.lower()),
         rrl.load_agent(tmp_path / "model.zip", "CartPole-v1", algo=algorithm.__name__.lower(), policy_kwargs=KWARGS),
     ):
         model.policy.set_training_mode(False)
