@@ -70,7 +70,7 @@ def main() -> None:
     islands, declared = rrl.envs.grid.lava_islands, world.unwrapped.outcomes
     extra = np.zeros_like(declared.candidates)
     for jump, course in enumerate(islands.COMPASS, start=4):
-        extra[:, jump] = (islands.WINDOW == course).all(1) & declared.candidates[:, jump]
+        extra[:, jump] = (course == islands.WINDOW).all(1) & declared.candidates[:, jump]
     print(f"pairs allowed if every jump may fall a cell short: {shield.inflate_support(extra).safe.sum()}")
 
 
