@@ -177,6 +177,7 @@ def _explore(
             suboptimal_steps=tuple(recorder.suboptimal) if judge.known else None,
             safe_pairs=tuple(recorder.safe_pairs) or None,
             values=tuple(recorder.values) if judge.known else None,
+            final_value=judge.value(agent.greedy()) if judge.known else None,
             optimum=judge.optimum,
             learnable_pairs=judge.learnable_pairs,
             certified=agent.certified,
@@ -286,7 +287,7 @@ class _Recorder(BaseCallback):
             if self._keep_sets and (not self.sets or (self.sets[-1] != safe).any()):
                 self.sets.append(safe.copy())
         if self._judge.known:
-            self.values.append(self._judge.value(self.model.greedy()))
+            self.values.append(self._judge.value(self.model.acting()))
 
 
 def _safe_set(agent: TabularAgent) -> NDArray[np.bool_] | None:

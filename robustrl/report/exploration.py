@@ -34,7 +34,8 @@ class ExplorationRun:
         suboptimal_steps: steps so far whose action was worth less than the best of its state by more than `OPTIMAL`, in the true MDP;
             None where that is unknown.
         safe_pairs: pairs of state and action in the proven safe set; None for agents without one.
-        values: true value, from the start, of the policy that the agent would use; None where it is unknown.
+        values: true value, from the start, of the policy that the agent goes for the return by; None where it is unknown.
+        final_value: the same of the policy that its `predict` follows in the end.
         optimum: the best value that a policy on the safe set which can be learnt has, or None.
         learnable_pairs: pairs in that set, or None.
         certified: whether safety was proven, all along.
@@ -51,6 +52,7 @@ class ExplorationRun:
     suboptimal_steps: tuple[int, ...] | None
     safe_pairs: tuple[int, ...] | None
     values: tuple[float, ...] | None
+    final_value: float | None
     optimum: float | None
     learnable_pairs: int | None
     certified: bool
@@ -60,7 +62,7 @@ class ExplorationRun:
 
     @property
     def optimal_from(self) -> int | None:
-        """The step since which the policy has been optimal within `OPTIMAL`; None if it is not in the end."""
+        """The step since which the policy that it acts by has been optimal within `OPTIMAL`; None if it is not in the end."""
         if self.values is None or self.optimum is None:
             return None
         short = np.flatnonzero(np.asarray(self.values) < self.optimum - OPTIMAL)
@@ -106,7 +108,7 @@ def exploration_table(runs: Sequence[ExplorationRun]) -> str:
         learnable = group[0].learnable_pairs
         if learnable is not None and cells[2] != "-":
             cells[2] += f" of {learnable}"
-        value = _spread([_last(run.values) for run in group], ".4f")
+        value = _spread([run.final_value for run in group], ".4f")
         if value != "-" and group[0].optimum is not None:
             value += f" of {group[0].optimum:.4f}"
         since = [run.optimal_from for run in group]

@@ -20,6 +20,7 @@ RUN = ExplorationRun(
     suboptimal_steps=(9, 15, 16),
     safe_pairs=(4, 6, 8),
     values=(0.1, 0.495, 0.5),
+    final_value=0.49,
     optimum=0.5,
     learnable_pairs=8,
     certified=True,
@@ -33,6 +34,7 @@ BLIND = replace(
     suboptimal_steps=None,
     safe_pairs=None,
     values=None,
+    final_value=None,
     optimum=None,
     unsafe_visits=(1, 2, 3),
     certified=False,
@@ -59,9 +61,9 @@ def test_a_policy_is_optimal_since_it_was_within_a_hundredth_for_good(values: tu
 
 
 def test_the_table_gives_mean_smallest_and_largest_of_the_last_entries() -> None:
-    other = replace(RUN, seed=1, suboptimal_steps=(9, 20, 26), values=(0.0, 0.0, 0.4), certified=False)
+    other = replace(RUN, seed=1, suboptimal_steps=(9, 20, 26), values=(0.0, 0.0, 0.4), final_value=0.4, certified=False)
     first, second = exploration_table([RUN, other, BLIND]).splitlines()[2:]
-    assert first == ("| ase | 2 | 30 | 0 | 21 (16 to 26) | 8 of 8 | 0.4500 (0.4000 to 0.5000) of 0.5000 | 20, 1 not | 1 of 2 |")
+    assert first == ("| ase | 2 | 30 | 0 | 21 (16 to 26) | 8 of 8 | 0.4450 (0.4000 to 0.4900) of 0.5000 | 20, 1 not | 1 of 2 |")
     assert second == "| q-learning | 1 | 30 | 3 | - | - | - | - | 0 of 1 |"
 
 

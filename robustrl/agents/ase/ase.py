@@ -247,6 +247,9 @@ class ASE(SafeLearner):
             self._greedy = found.policy
         return self._greedy
 
+    def acting(self) -> Integers:
+        return self.greedy() if self.mode == "explore" else self.planner.policy
+
     def certificate(self) -> SafeSetCertificate:
         """What is proven now: the safe set, and bounds of the return of the policy that `predict` follows."""
         knowledge, policy = self.knowledge, self.greedy()  # may plan anew

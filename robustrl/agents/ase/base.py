@@ -115,6 +115,10 @@ class TabularAgent(BaseAlgorithm):
     def greedy(self) -> Integers:
         """The action (S,) that is best by what is known; -1 where the agent has none."""
 
+    def acting(self) -> Integers:
+        """The policy (S,) that the agent goes for the return by while it learns; -1 where it has none."""
+        return self.greedy()
+
     def safe_actions(self, state: int) -> Flags:
         """Actions that the agent may take, (A,)."""
         mask: Flags = self.outcomes.valid[state]

@@ -130,15 +130,15 @@ class MBIE(_Planning):
         return self.knowledge.beliefs()
 
 
-class EpsilonGreedy(_Planning):
-    """The best action by what was counted, or, now and then, any one.
+class _EpsilonGreedy(TabularAgent):
+    """Now and then a random action.
 
     Args:
         exploration_fraction: part of `learn`'s steps over which epsilon falls linearly.
         exploration_initial_eps, exploration_final_eps: from where to where, as in SB3's DQN.
     """
 
-    settings = (*_Planning.settings, "exploration_fraction", "exploration_initial_eps", "exploration_final_eps")
+    epsilons: ClassVar[tuple[str, ...]] = ("exploration_fraction", "exploration_initial_eps", "exploration_final_eps")
 
     def __init__(
         self,
@@ -154,9 +154,26 @@ class EpsilonGreedy(_Planning):
         self.exploration_initial_eps = _fraction("exploration_initial_eps", exploration_initial_eps)
         self.exploration_final_eps = _fraction("exploration_final_eps", exploration_final_eps)
 
+    @property
+    def epsilon(self) -> float:
+        """Probability of a random action now: falling linearly over the first part of `learn`."""
+        spent = 1 - self._current_progress_remaining
+        share = 1.0 if self.exploration_fraction == 0 else min(1.0, spent / self.exploration_fraction)
+        return self.exploration_initial_eps + share * (self.exploration_final_eps - self.exploration_initial_eps)
+
+
+class EpsilonGreedy(_EpsilonGreedy, _Planning):
+    """The best action by what was counted, or, now and then, any one.
+
+    Args:
+        exploration_fraction, exploration_initial_eps, exploration_final_eps: as in SB3's DQN; the rest as in `ASE`.
+    """
+
+    settings = (*_Planning.settings, *_EpsilonGreedy.epsilons)
+
     def _act(self, state: int) -> int:
         best = super()._act(state)
-        if self._rng.random() < _epsilon(self):
+        if self._rng.random() < self.epsilon:
             return int(self._rng.choice(np.flatnonzero(self.safe_set[state])))
         return best
 
@@ -172,7 +189,7 @@ class SafeEpsilonGreedy(EpsilonGreedy):
     needs_safe_set = True
 
 
-class QLearning(TabularAgent):
+class QLearning(_EpsilonGreedy):
     """Watkins' Q-learning: no model, no safe set, no analogies.
 
     Args:
@@ -181,25 +198,13 @@ class QLearning(TabularAgent):
         exploration_fraction, exploration_initial_eps, exploration_final_eps: as in `EpsilonGreedy`.
     """
 
-    settings = ("decay", "exploration_fraction", "exploration_initial_eps", "exploration_final_eps")
+    settings = ("decay", *_EpsilonGreedy.epsilons)
 
-    def __init__(
-        self,
-        env: Any,
-        *,
-        decay: float = 0.6,
-        exploration_fraction: float = 0.25,
-        exploration_initial_eps: float = 1.0,
-        exploration_final_eps: float = 0.1,
-        **common: Any,
-    ) -> None:
-        super().__init__(env, **common)
+    def __init__(self, env: Any, *, decay: float = 0.6, **rest: Any) -> None:
+        super().__init__(env, **rest)
         self.decay = check_positive("decay", decay)
         if not 0.5 < self.decay <= 1:
             raise ValueError(f"decay must be in (0.5, 1], got {decay}")
-        self.exploration_fraction = _fraction("exploration_fraction", exploration_fraction)
-        self.exploration_initial_eps = _fraction("exploration_initial_eps", exploration_initial_eps)
-        self.exploration_final_eps = _fraction("exploration_final_eps", exploration_final_eps)
         self.action_values = np.where(self.outcomes.valid, 0.0, -np.inf)
         self.visits = np.zeros(self.outcomes.valid.shape, dtype=np.int64)
 
@@ -207,7 +212,7 @@ class QLearning(TabularAgent):
         return np.where(self.outcomes.valid.any(1), self.action_values.argmax(1), -1)
 
     def _act(self, state: int) -> int:
-        if self._rng.random() < _epsilon(self):
+        if self._rng.random() < self.epsilon:
             return int(self._rng.choice(np.flatnonzero(self.outcomes.valid[state])))
         return int(self.action_values[state].argmax())
 
@@ -230,10 +235,3 @@ def _fraction(name: str, value: float) -> float:
     if not 0 <= check_real(name, value) <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
     return float(value)
-
-
-def _epsilon(agent: Any) -> float:
-    """Probability of a random action now: falling linearly over the first part of `learn`."""
-    spent = 1 - float(agent._current_progress_remaining)
-    share = 1.0 if agent.exploration_fraction == 0 else min(1.0, spent / agent.exploration_fraction)
-    return float(agent.exploration_initial_eps + share * (agent.exploration_final_eps - agent.exploration_initial_eps))
