@@ -245,7 +245,7 @@ class Plan:
     Attributes:
         values: of states, (S,), within `error` of the fixed point; states without an allowed pair have the lower bound of all values.
         action_values: (S, A), -inf where not allowed.
-        error: bound on |values - fixed point|.
+        error: bound on the distance between values and fixed point.
         sweeps: number of backups of all allowed pairs.
     """
 

@@ -77,11 +77,17 @@ class TabularEnv(gym.Env[Any, Any]):
         return height, width
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        """A first state, drawn from the start distribution."""
         super().reset(seed=seed)
         self.state = self._draw(np.asarray(self.mdp.start))
         return self.state, {}
 
     def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        """A step; `info["cost"]` says whether it was dangerous.
+
+        Raises:
+            ValueError: for an action outside the space.
+        """
         if not self.action_space.contains(action):
             raise ValueError(f"action must be an integer from 0 to {self.mdp.n_actions - 1}, got {action!r}")
         slot = self.state, action, self._draw(self.mdp.probabilities[self.state, action])
