@@ -216,7 +216,7 @@ class SafeSetCertificate(Certificate):
     @classmethod
     def _from_specific(cls, fields: Fields, common: dict[str, Any]) -> Self:
         none = type(None)
-        evidence = _decoded(Fields("evidence", fields.take("evidence", dict), "evidence."))
+        evidence = _decoded(fields.inner("evidence"))
         pairs, listed = np.zeros(evidence.safe_set.size, dtype=bool), fields.take("pairs", list)
         if not all(type(pair) is int and 0 <= pair < pairs.size for pair in listed):
             raise fields.error("pairs", f"must hold numbers of pairs from 0 to {pairs.size - 1}")

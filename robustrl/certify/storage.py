@@ -86,6 +86,10 @@ class Fields:
             raise self.error(name, f"must be {allowed}, got {type(value).__name__}")
         return value
 
+    def inner(self, name: str) -> Fields:
+        """The fields of a field."""
+        return Fields(self._source, self.take(name, dict), f"{self._prefix}{name}.")
+
     def floats(self, name: str, *, missing: bool = False) -> Floats:
         """A list of numbers, "inf" for infinity and, if allowed, null for NaN."""
         items = self.take(name, list)
@@ -96,7 +100,7 @@ class Fields:
 
     def returns(self, name: str) -> Floats:
         """The inverse of `encode_returns`."""
-        inner = Fields(self._source, self.take(name, dict), f"{self._prefix}{name}.")
+        inner = self.inner(name)
         if inner.take("encoding", str) != ENCODING:
             raise inner.error("encoding", f"must be {ENCODING!r}")
         n, expected, packed = inner.take("n", int), inner.take("sha256", str), inner.take("data", str)

@@ -148,7 +148,7 @@ def exploration_figure(runs: Sequence[ExplorationRun], title: str = "") -> Figur
     """Three panels against the steps: mean over seeds as a line, from the smallest to the largest as a band."""
     groups, learnable = by_agent(runs), runs[0].learnable_pairs
     names = [name for name in CURVES if any(getattr(run, name) is not None for run in runs)]
-    figure = Figure(figsize=(4.2 * len(names), 3.6), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(names), 4.0), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for ax, name in zip(panels, names, strict=True):
         for number, (agent, group) in enumerate(groups.items()):
@@ -161,8 +161,8 @@ def exploration_figure(runs: Sequence[ExplorationRun], title: str = "") -> Figur
             ax.axhline(learnable, color="black", ls=":", lw=1, label="can be learnt")
         ax.set(xlabel="steps", ylabel=CURVES[name], ylim=(0, None))
         ax.grid(alpha=0.3)
-        if ax.get_lines():
-            ax.legend(fontsize=8)
+    lines = {str(line.get_label()): line for ax in panels for line in ax.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=5, fontsize=8)
     figure.suptitle(title, fontsize=10)
     return figure
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_mdp import random_mdp
+from mdp.test_model import random_mdp
 
 from robustrl.attacks.tabular import worst_case, worst_case_within
 from robustrl.mdp import TabularMDP

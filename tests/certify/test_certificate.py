@@ -291,7 +291,7 @@ WRONG: list[tuple[str, Any]] = [
     ("schema", 2),
     ("schema", "1"),
     ("schema", True),
-    ("kind", "SafeSetCertificate"),
+    ("kind", "UnknownCertificate"),
     ("kind", "Certificate"),
     ("kind", 1),
     ("digest", 7),
