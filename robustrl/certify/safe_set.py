@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hashlib
 import math
-import zlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -14,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustrl.certify.certificate import Certificate
-from robustrl.certify.storage import Fields
+from robustrl.certify.storage import Fields, pack
 from robustrl.certify.transitions import l1_radius, support_samples
 from robustrl.errors import CertificateError, check_count, check_finite_array, check_real
 from robustrl.mdp.outcomes import Flags, Floats, Outcomes
@@ -174,9 +170,12 @@ class SafeSetCertificate(Certificate):
             raise CertificateError(f"field 'certified' is {self.certified}; recomputed: {fresh.certified}")
         if (self.pairs != fresh.pairs).any():
             raise CertificateError(f"field 'pairs' holds {self.pairs.sum()} pairs; recomputed: {fresh.pairs.sum()}")
+        least = min(1.0, self.evidence.outcomes.reward_scale)
         for name in ("value_lower", "value_upper"):
             stated, again = getattr(self, name), getattr(fresh, name)
-            if (stated is None) != (again is None) or (stated is not None and abs(stated - again) > SAME * max(1, abs(again))):
+            if (stated is None) != (again is None) or (
+                stated is not None and abs(stated - again) > SAME * max(least, abs(again))
+            ):
                 raise CertificateError(f"field {name!r} is {stated}; recomputed: {again}")
         omitted = [sentence for sentence in _exclusions(fresh.certified) if sentence not in self.not_covered]
         if omitted:
@@ -266,9 +265,10 @@ def _proof(
     sure = n_possible == 1
     estimates[sure], radii[sure] = possible[sure], 0.0
     beliefs = Beliefs(outcomes, estimates, np.minimum(radii, 2.0), possible)
-    worst = evaluate(beliefs, policy)
+    tolerance = 1e-6 * outcomes.reward_scale
+    worst = evaluate(beliefs, policy, tolerance=tolerance)
     dangerous = known & (possible & outcomes.dangerous).any(-1)
-    best = optimise(beliefs, allowed=pairs | (outcomes.valid & ~dangerous))
+    best = optimise(beliefs, allowed=pairs | (outcomes.valid & ~dangerous), tolerance=tolerance)
     start = np.asarray(outcomes.start)
     return _Proof(pairs, True, float(start @ worst.values - worst.error), float(start @ best.values + best.error))
 
@@ -322,36 +322,27 @@ def _arrays(evidence: Evidence) -> dict[str, NDArray[Any]]:
 
 def _encoded(evidence: Evidence) -> dict[str, Any]:
     little = {name: np.ascontiguousarray(a, dtype=a.dtype.newbyteorder("<")) for name, a in _arrays(evidence).items()}
-    raw = b"".join(array.tobytes() for array in little.values())
     return {
         "encoding": ENCODING,
         "gamma": evidence.outcomes.gamma,
         "arrays": [[name, array.dtype.str, list(array.shape)] for name, array in little.items()],
-        "sha256": hashlib.sha256(raw).hexdigest(),
-        "data": base64.b64encode(zlib.compress(raw, 6)).decode("ascii"),
+        **pack(b"".join(array.tobytes() for array in little.values())),
     }
 
 
 def _decoded(fields: Fields) -> Evidence:
     if fields.take("encoding", str) != ENCODING:
         raise fields.error("encoding", f"must be {ENCODING!r}")
-    gamma, listed, expected, packed = (
-        fields.take(name, kind) for name, kind in (("gamma", float), ("arrays", list), ("sha256", str), ("data", str))
-    )
-    fields.finish()
+    gamma, listed = fields.take("gamma", float), fields.take("arrays", list)
     try:
         layout = [(name, np.dtype(kind), tuple(shape)) for name, kind, shape in listed]
         sizes = [kind.itemsize * math.prod(shape) for _, kind, shape in layout]
         if min(sizes) < 0 or sum(sizes) > MOST_BYTES or any(kind.kind not in "biuf" for _, kind, _ in layout):
             raise ValueError(f"arrays of {sum(sizes)} bytes")
-        unpacker = zlib.decompressobj()
-        raw = unpacker.decompress(base64.b64decode(packed, validate=True), sum(sizes) + 1)
-        if len(raw) != sum(sizes) or not unpacker.eof or unpacker.unused_data:
-            raise ValueError("other lengths than stated")
-    except (zlib.error, binascii.Error, TypeError, ValueError, OverflowError) as error:
-        raise fields.error("data", f"cannot be unpacked: {error}") from None
-    if hashlib.sha256(raw).hexdigest() != expected:
-        raise fields.error("sha256", "does not match the arrays")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise fields.error("arrays", f"cannot be laid out: {error}") from None
+    raw = fields.unpack(sum(sizes), f"{sum(sizes)} bytes of arrays")
+    fields.finish()
     parts = np.split(np.frombuffer(raw, dtype=np.uint8), np.cumsum(sizes)[:-1])
     arrays = {name: part.view(kind).reshape(shape).copy() for (name, kind, shape), part in zip(layout, parts, strict=True)}
     try:

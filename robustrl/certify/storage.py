@@ -62,9 +62,13 @@ def encode_returns(returns: Floats) -> dict[str, Any]:
     """Returns in run order, exactly."""
     if returns.size > MOST_RETURNS:
         raise ValueError(f"returns must be at most {MOST_RETURNS} to be stored in a certificate, got {returns.size}")
-    raw = returns.astype("<f8").tobytes()
-    packed = base64.b64encode(zlib.compress(raw, 9)).decode("ascii")
-    return {"encoding": ENCODING, "n": returns.size, "sha256": hashlib.sha256(raw).hexdigest(), "data": packed}
+    return {"encoding": ENCODING, "n": returns.size, **pack(returns.astype("<f8").tobytes(), 9)}
+
+
+def pack(raw: bytes, level: int = 6) -> dict[str, str]:
+    """Bytes as two fields of a document, for `Fields.unpack`."""
+    packed = base64.b64encode(zlib.compress(raw, level)).decode("ascii")
+    return {"sha256": hashlib.sha256(raw).hexdigest(), "data": packed}
 
 
 class Fields:
@@ -103,20 +107,26 @@ class Fields:
         inner = self.inner(name)
         if inner.take("encoding", str) != ENCODING:
             raise inner.error("encoding", f"must be {ENCODING!r}")
-        n, expected, packed = inner.take("n", int), inner.take("sha256", str), inner.take("data", str)
-        inner.finish()
+        n = inner.take("n", int)
         if not 1 <= n <= MOST_RETURNS:
             raise inner.error("n", f"must lie in 1..{MOST_RETURNS}, got {n}")
+        raw = inner.unpack(8 * n, f"{n} returns")
+        inner.finish()
+        return np.frombuffer(raw, dtype="<f8").astype(np.float64)
+
+    def unpack(self, size: int, what: str) -> bytes:
+        """The inverse of `pack`; never more than `size` bytes are unpacked."""
+        expected, packed = self.take("sha256", str), self.take("data", str)
         try:
             unpacker = zlib.decompressobj()
-            raw = unpacker.decompress(base64.b64decode(packed, validate=True), 8 * n + 1)
-        except (zlib.error, binascii.Error, ValueError) as error:
-            raise inner.error("data", f"cannot be unpacked: {error}") from None
-        if len(raw) != 8 * n or not unpacker.eof or unpacker.unused_data:
-            raise inner.error("data", f"does not hold exactly {n} returns")
+            raw = unpacker.decompress(base64.b64decode(packed, validate=True), size + 1)
+        except (zlib.error, binascii.Error, ValueError, OverflowError) as error:
+            raise self.error("data", f"cannot be unpacked: {error}") from None
+        if len(raw) != size or not unpacker.eof or unpacker.unused_data:
+            raise self.error("data", f"does not hold exactly {what}")
         if hashlib.sha256(raw).hexdigest() != expected:
-            raise inner.error("sha256", "does not match the returns")
-        return np.frombuffer(raw, dtype="<f8").astype(np.float64)
+            raise self.error("sha256", f"does not match the {what.split()[-1]}")
+        return raw
 
     def successes(self, name: str) -> int:
         """The success count that stands in for returns."""

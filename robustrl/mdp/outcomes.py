@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -76,6 +77,10 @@ class Outcomes:
 
     def _check_distinct(self) -> None:
         n_slots = self.n_slots
+        # most worlds need no more than this: no two candidates of a pair share a successor
+        led = np.sort(np.where(self.candidates, self.successors, -1 - np.arange(n_slots, dtype=np.int32)), -1)
+        if not (led[..., 1:] == led[..., :-1]).any():
+            return
         with np.errstate(over="ignore"):
             seen = self.rewards.astype(np.float32)
         for one in range(n_slots):
@@ -106,6 +111,20 @@ class Outcomes:
         return int(self.rewards.shape[2])
 
     @cached_property
+    def reward_scale(self) -> float:
+        """The largest reward or penalty that a step may bring, 1 where there is none."""
+        return float(np.abs(self.rewards[self.candidates]).max(initial=0.0)) or 1.0
+
+    def paying(self, rewards: ArrayLike) -> Outcomes:
+        """The same slots with other rewards (S, A, K), to plan with: they need not tell slots apart."""
+        found = copy.copy(self)
+        vars(found).pop("reward_scale", None)
+        vars(found)["rewards"] = check_finite_array("rewards", rewards, ndim=3)
+        if found.rewards.shape != self.rewards.shape:
+            raise ValueError(f"rewards must have shape {self.rewards.shape}, got {found.rewards.shape}")
+        return found
+
+    @cached_property
     def valid(self) -> Flags:
         """The pairs that exist, (S, A)."""
         return np.asarray(self.candidates.any(-1))
@@ -128,19 +147,21 @@ class Outcomes:
         return acted
 
     def slot(self, state: int, action: int, successor: int, reward: float, terminated: bool) -> int:
-        """Which slot a step has shown.
+        """Which slot a step has shown; its reward may have been rounded to single precision on the way.
 
         Raises:
             ModelViolation: if no candidate slot has that outcome.
         """
         fits = self.candidates[state, action] & (self.successors[state, action] == successor)
-        fits &= (self.rewards[state, action] == reward) & (self.terminal[state, action] == terminated)
-        if not fits.any():
+        fits &= self.terminal[state, action] == terminated
+        off = np.where(fits, np.abs(self.rewards[state, action] - reward), np.inf)
+        found = int(off.argmin())
+        if not off[found] <= 1e-6 * max(self.reward_scale, abs(reward)):
             raise ModelViolation(
-                f"state {state}, action {action} led to state {successor} with reward {reward}, terminated={terminated}: "
+                f"state {state}, action {action} led to state {successor} with reward {reward:g}, terminated={terminated}: "
                 "no outcome that was declared possible"
             )
-        return int(fits.argmax())
+        return found
 
     def pairs(self, name: str, pairs: ArrayLike) -> Flags:
         """A set of pairs, bool (S, A), checked: only pairs that exist."""

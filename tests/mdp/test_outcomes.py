@@ -135,3 +135,15 @@ def test_sets_of_slots_are_candidates() -> None:
     assert (outcomes.slots("support", missing) == outcomes.candidates).all()  # pairs that do not exist have no slots
     with pytest.raises(ValueError, match="support must be boolean of shape"):
         outcomes.slots("support", outcomes.valid)
+
+
+def test_other_rewards_to_plan_with_leave_the_slots_as_they_are() -> None:
+    outcomes = TabularMDP.dense([[[0.5, 0.5]], [[0.0, 1.0]]], [[[0.0, 2.0]], [[0.0, 4.0]]], gamma=0.9).outcomes()
+    assert outcomes.reward_scale == 4
+    other = outcomes.paying(np.full(outcomes.rewards.shape, -8.0))
+    assert other.reward_scale == 8
+    assert outcomes.reward_scale == 4
+    assert other.successors is outcomes.successors
+    for rewards in (np.zeros((1, 1, 1)), np.full(outcomes.rewards.shape, np.nan)):
+        with pytest.raises(ValueError, match="rewards must"):
+            outcomes.paying(rewards)

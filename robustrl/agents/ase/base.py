@@ -19,7 +19,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 
-from robustrl.agents.ase.declaration import Declaration, SafeSet, reward_scale
+from robustrl.agents.ase.declaration import Declaration, SafeSet
 from robustrl.errors import check_count
 from robustrl.files import write_atomically
 from robustrl.mdp.analogy import Analogy
@@ -94,7 +94,7 @@ class TabularAgent(BaseAlgorithm):
         ):
             if not isinstance(space, spaces.Discrete) or space.n != size:
                 raise ValueError(f"{name} of the environment must be Discrete({size}), got {space}")
-        self.unsafe_visits, self._scale = 0, reward_scale(declared.declared)
+        self.unsafe_visits, self._scale = 0, declared.declared.reward_scale
         self._slots: dict[tuple[int, int, int, float, bool], int] = {}
         self.set_random_seed(seed)
 
@@ -369,23 +369,15 @@ class TabularAgent(BaseAlgorithm):
         return int(np.asarray(observation).item()) - self._first_state
 
     def _slot(self, state: int, action: int, successor: int, reward: float, ended: bool) -> int:
-        """Which declared slot a step has shown. VecEnv hands rewards out in single precision."""
+        """Which declared slot a step has shown."""
         key = (state, action, successor, reward, ended)
-        found = self._slots.get(key)
-        if found is None:
-            known = self.declaration.declared
-            fits = known.candidates[state, action] & (known.successors[state, action] == successor)
-            fits &= known.terminal[state, action] == ended
-            off = np.where(fits, np.abs(known.rewards[state, action] - reward), np.inf)
-            found = int(off.argmin())
-            if not off[found] <= 1e-6 * max(self._scale, abs(reward)):
-                self._contradicted(
-                    f"state {state}, action {action} led to state {successor} with reward {reward:g}, terminated={ended}: "
-                    "no outcome that was declared possible",
-                    False,
-                )
-            self._slots[key] = found
-        return found
+        if key not in self._slots:
+            try:
+                self._slots[key] = self.declaration.declared.slot(*key)
+            except ModelViolation as violation:
+                self._contradicted(str(violation), False)
+                raise
+        return self._slots[key]
 
     def _dump(self) -> None:
         """One line of the log."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,21 +14,8 @@ from robustrl.agents.ase.base import TabularAgent, UnsafeStateError
 from robustrl.agents.ase.knowledge import Flags, Floats, Integers
 from robustrl.agents.ase.planner import TOLERANCE
 from robustrl.errors import check_positive, check_real
-from robustrl.mdp.outcomes import Outcomes
 from robustrl.mdp.planning import Beliefs, optimise
 from robustrl.mdp.safe_sets import expand
-
-
-class _Penalised(Outcomes):
-    """Outcomes to plan with: what a step has shown was told before, so a penalty may equal another reward."""
-
-    @classmethod
-    def of(cls, outcomes: Outcomes, penalty: float) -> _Penalised:
-        shown = {item.name: getattr(outcomes, item.name) for item in dataclasses.fields(outcomes)}
-        return cls(**shown | {"rewards": np.where(outcomes.dangerous, penalty, outcomes.rewards)})
-
-    def _check_distinct(self) -> None:
-        pass
 
 
 class _Planning(SafeLearner):
@@ -45,7 +33,8 @@ class _Planning(SafeLearner):
         super().__init__(env, **rest)
         self.penalty = None if penalty is None else check_real("penalty", penalty)
         if self.penalty is not None:
-            self.knowledge.outcomes = _Penalised.of(self.outcomes, self.penalty)
+            paid = np.where(self.outcomes.dangerous, self.penalty, self.outcomes.rewards)
+            self.knowledge.outcomes = self.outcomes.paying(paid)
         safe = self.declaration.safe_set
         self._safe: Flags | None = safe.copy() if self.needs_safe_set and safe is not None else None
         self._due: Integers = np.zeros(self.outcomes.valid.size, dtype=np.int64)
@@ -67,8 +56,9 @@ class _Planning(SafeLearner):
         mask: Flags = self.safe_set[state]
         return mask
 
+    @abstractmethod
     def _beliefs(self) -> Beliefs:
-        raise NotImplementedError
+        """What to plan with."""
 
     def _act(self, state: int) -> int:
         action = int(self.greedy()[state])

@@ -215,11 +215,6 @@ def digest(table: NDArray[Any]) -> str:
     return hashlib.sha256(f"{table.dtype.str}{table.shape}".encode() + np.ascontiguousarray(table).tobytes()).hexdigest()
 
 
-def reward_scale(outcomes: Outcomes) -> float:
-    """The largest reward or penalty that a step may bring, 1 where there is none."""
-    return float(np.abs(outcomes.rewards[outcomes.candidates]).max(initial=0.0)) or 1.0
-
-
 def cut(outcomes: Outcomes, safe: Flags) -> Outcomes:
     """Outcomes under the assumption that a safe set is closed: its pairs lead back into it, or end the episode safely.
 
@@ -259,4 +254,4 @@ def _safe_pairs(given: Any, outcomes: Outcomes, mdp: TabularMDP | None) -> Flags
     return validate_safe_set(mdp, outcomes, pairs)
 
 
-__all__ = ["FROM_P", "Declaration", "SafeSet", "cut", "digest", "reward_scale"]
+__all__ = ["FROM_P", "Declaration", "SafeSet", "cut", "digest"]

@@ -7,7 +7,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from robustrl.agents.ase.declaration import reward_scale
 from robustrl.agents.ase.knowledge import Flags, Floats, Integers, Knowledge
 from robustrl.mdp.planning import Beliefs, Plan, optimise
 from robustrl.mdp.safe_sets import expand
@@ -50,7 +49,7 @@ class Planner:
 
     def __init__(self, knowledge: Knowledge, safe_set: Flags, directed: bool = True) -> None:
         self.knowledge, self.home, self.directed = knowledge, safe_set, directed
-        self.scale = reward_scale(knowledge.outcomes)
+        self.scale = knowledge.outcomes.reward_scale
         self.mode: Mode = "explore"
         self.goal, self.targets = np.zeros_like(safe_set), np.zeros_like(safe_set)
         self.policy: Integers = np.full(len(safe_set), -1)

@@ -63,7 +63,7 @@ def runs_with_lies(make: Any, seeds: range, steps: int, **settings: Any) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("sharing", ["pool", "best"])
 def test_the_safe_set_is_closed_free_of_danger_and_leads_home_in_truth_after_every_plan(sharing: str) -> None:
-    seeds = range(40)
+    seeds = range(200)
     assert runs_with_lies(random_world, seeds, 250, sharing=sharing, confidence="heuristic") <= binom.ppf(
         0.999, len(seeds), 0.025
     )
