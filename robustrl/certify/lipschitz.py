@@ -1,0 +1,225 @@
+"""Certificates without noise, from the Lipschitz constant of a network: one forward pass, no samples, no failure probability.
+
+Source: Tsuzuku, Sato, Sugiyama (NeurIPS 2018), arXiv:1802.04034 (margins over constants); Singla, Feizi (ICML 2021), arXiv:2105.11417.
+That an action must beat every other one, and the network's own rounding in the margin, are ours.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from stable_baselines3.common.torch_layers import CombinedExtractor
+from torch import Tensor, nn
+
+from robustrl.certify.margins import Floats, from_l2, pushes
+from robustrl.errors import check_finite_array
+from robustrl.networks.constants import UP, Link, chain, constant, known
+from robustrl.policy.sb3 import _Entry, _Network
+from robustrl.policy.view import PolicyView, _ChannelsFirst, _Normalized, _NumpyTanh
+
+BATCH = 256
+"""Rows per forward pass in float64."""
+ROUNDING = 1e-12
+"""Of scores in float64, relative to the largest."""
+
+
+class LipschitzScores:
+    """The scores of a network, and how far an attacker must go to make it take each action. Build one with `of`.
+
+    Statements are about the greedy decision, an argmax over the scores. They hold for the weights as they are at each call: a change
+    is noticed by value. Units are those of the observations given, before any preprocessing of the policy's own.
+    """
+
+    def __init__(self, network: nn.Module, shape: tuple[int, ...] | None = None) -> None:
+        self._network, self._shape = network, shape
+        self._state: tuple[dict[str, Any], list[bool]] | None = None
+        self._refresh()
+
+    @classmethod
+    def of(cls, policy: Any) -> LipschitzScores:
+        """Take a network apart into features of known Lipschitz constant and at most one linear layer.
+
+        Args:
+            policy: a `PolicyView` or Stable-Baselines3 model with discrete actions, or a torch module from inputs (n, *shape) to
+                scores (n, K): a chain of layers of which a constant is known (`robustrl.networks.constants`). A layer of another class
+                is taken at the word of its method `lipschitz()`, and named in the certificates.
+        Raises:
+            TypeError: for a layer without a known constant, which is named; continuous actions; a recurrent policy.
+            ValueError: if a weight is not finite.
+        """
+        if isinstance(policy, nn.Module) and not isinstance(policy, PolicyView):
+            return cls(policy)
+        view = PolicyView.of(policy, n_frames=getattr(policy, "n_frames", 1))
+        if not view.discrete:
+            raise TypeError(
+                f"policy must have discrete actions, got {view.action_space}: no action is certified to stay the same"
+            )
+        if view.memory_shape is not None:
+            raise TypeError("policy must not be recurrent: no Lipschitz constant of its memory is known")
+        return cls(view.actor, view.observation_shape)
+
+    @property
+    def lipschitz(self) -> float:
+        """Constant of the features, l2 to l2, in units of the observations."""
+        self._refresh()
+        return self._lipschitz
+
+    @property
+    def trusted(self) -> tuple[str, ...]:
+        """Classes of layers whose constants are their own claims."""
+        self._refresh()
+        return self._trusted
+
+    def scores(self, observations: ArrayLike | Tensor) -> Floats:
+        """What the network computes, in float64, (n, K).
+
+        Raises:
+            ValueError: if observations or scores are not finite, or of the wrong shape.
+        """
+        return self._evaluated(observations)[0]
+
+    def costs(self, observations: ArrayLike | Tensor, norm: float = 2) -> Floats:
+        """Norms below which no attack makes the network take an action, (n, K); 0 for the one it takes, and at ties.
+
+        Args:
+            observations: (n, *shape), as the policy gets them.
+            norm: of the attack, 1, 2 or inf.
+        Raises:
+            ValueError: see `scores`.
+        """
+        scores, rounding, dimension = self._evaluated(observations)
+        return from_l2(self._rivals(scores, rounding)[1], norm, dimension)
+
+    def radii(self, observations: ArrayLike | Tensor, norm: float = 2) -> tuple[NDArray[np.int64], Floats]:
+        """Actions (n,), and radii (n,) strictly within which they stay the same; 0 at ties, inf if nothing else can be taken."""
+        scores, rounding, dimension = self._evaluated(observations)
+        costs = from_l2(self._rivals(scores, rounding)[1], norm, dimension)
+        others = np.sort(costs, axis=1)[:, 1:]
+        return scores.argmax(1), others.min(axis=1, initial=math.inf)
+
+    def reachable(self, observations: ArrayLike | Tensor, radius: float, norm: float = 2) -> NDArray[np.bool_]:
+        """Which actions an attack of norm at most `radius` may bring about, (n, K); the others it cannot."""
+        return self.costs(observations, norm) <= radius
+
+    def differences(self, n_actions: int) -> Floats:
+        """||w_a - w_b||_2 of the last layer's rows, rounded up, (K, K); of unit vectors without a linear last layer."""
+        if self._head is None:
+            return math.sqrt(2) * UP * (1 - np.eye(n_actions))
+        rows = self._head.weight
+        return (rows[:, None] - rows).norm(dim=-1).cpu().numpy() * UP
+
+    def _rivals(self, scores: Floats, rounding: Floats) -> tuple[NDArray[np.int64], Floats]:
+        """For every action the one that is hardest to overtake, and the l2 norm that it takes."""
+        margins = scores[:, None, :] - scores[:, :, None] - rounding[:, None, None]
+        each = pushes(margins, self.differences(scores.shape[1]), self._lipschitz)
+        return each.argmax(-1), each.max(-1)
+
+    def _evaluated(self, observations: ArrayLike | Tensor) -> tuple[Floats, Floats, int]:
+        """Scores, what rounding may take off their differences (n,), and the number of entries of an observation."""
+        self._refresh()
+        given = observations.detach().cpu().numpy() if isinstance(observations, Tensor) else observations
+        inputs = torch.from_numpy(check_finite_array("observations", given))
+        shape = tuple(inputs.shape[1:])
+        if not shape or (self._shape is not None and shape != self._shape):
+            raise ValueError(f"observations must be (n, *{self._shape or ('shape',)}), got shape {tuple(inputs.shape)}")
+        with torch.inference_mode():
+            pairs = [self._both(part) for part in inputs.split(BATCH)]
+        scores, live = (torch.cat(parts).cpu().numpy() for parts in zip(*pairs, strict=True))
+        if not (np.isfinite(scores).all() and np.isfinite(live).all()):
+            raise ValueError("the network's scores must be finite, got NaN or inf: weights or observations are broken")
+        # An action that the network itself takes, by its own rounding, then costs nothing.
+        rounding = 2 * np.abs(live - scores).max(1) + ROUNDING * np.abs(scores).max(1)
+        return scores, rounding, math.prod(shape)
+
+    def _both(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores in float64, and the network's own."""
+        at = next((p for p in self._network.parameters()), torch.empty(0))
+        inputs = inputs.to(at.device)
+        scores = self._features(inputs)
+        scores = scores if self._head is None else self._head(scores)
+        if scores.ndim != 2:
+            raise ValueError(f"the network must give scores (n, K), got shape {tuple(scores.shape)}")
+        return scores, self._network(inputs.to(at.dtype)).double()
+
+    def _features(self, inputs: Tensor) -> Tensor:
+        for link in self._links:
+            inputs = link.function(inputs).double()
+        return inputs
+
+    def _refresh(self) -> None:
+        """Take the network apart again if it is not the one that was taken apart."""
+        state = self._network.state_dict()
+        modes = [module.training for module in self._network.modules()]
+        if self._state is not None:
+            kept, kept_modes = self._state
+            same = kept.keys() == state.keys() and modes == kept_modes
+            if same and all(_equal(kept[name], state[name]) for name in kept):
+                return
+        self._state = None
+        twin = copy.deepcopy(self._network).double().requires_grad_(False)
+        for module in twin.modules():
+            if getattr(module, "inplace", False):
+                module.inplace = False
+        with torch.no_grad():
+            links = chain(twin)
+        last = links[-1].function if links else None
+        self._head = last if type(last) is nn.Linear else None  # a subclass may compute anything
+        self._links = links if self._head is None else links[:-1]
+        self._lipschitz = constant(self._links) * UP
+        self._trusted = tuple(sorted({link.trusted for link in self._links if link.trusted is not None}))
+        self._state = {name: copy.deepcopy(value) for name, value in state.items()}, modes
+
+
+def _equal(kept: Any, now: Any) -> bool:
+    if isinstance(kept, Tensor) and isinstance(now, Tensor):
+        return kept.dtype == now.dtype and kept.device == now.device and torch.equal(kept, now)
+    return False
+
+
+@known.register
+def _(layer: _NumpyTanh) -> list[Link]:
+    return chain(nn.Tanh())
+
+
+@known.register
+def _(layer: _ChannelsFirst) -> list[Link]:
+    return [Link(lambda images: images.movedim(-1, 1), 1.0), *chain(layer.network)]
+
+
+@known.register
+def _(layer: _Normalized) -> list[Link]:
+    def normalized(observations: Tensor) -> Tensor:
+        return torch.clamp((observations - layer.mean) / layer.scale, -layer.clip, layer.clip)
+
+    return [Link(normalized, UP / float(layer.scale.min())), *chain(layer.network)]
+
+
+@known.register
+def _(layer: _Network) -> list[Link]:
+    entries, extractor = layer._entries, layer.extractor
+    if entries[0].key is None:
+        return [_scaling(entries[0]), *chain(extractor), *chain(layer.heads)]
+    if type(extractor) is not CombinedExtractor:
+        raise TypeError(f"no Lipschitz constant is known of {type(extractor).__name__} of dictionaries")
+    parts = [[Link(e.laid_out, 1.0), _scaling(e), *chain(extractor.extractors[str(e.key)])] for e in entries]
+    sizes = [math.prod(entry.shape) for entry in entries]
+
+    def side_by_side(joint: Tensor) -> Tensor:
+        return torch.cat([_apply(part, x) for part, x in zip(parts, joint.split(sizes, dim=1), strict=True)], dim=1)
+
+    return [Link(side_by_side, max(map(constant, parts))), *chain(layer.heads)]
+
+
+def _scaling(entry: _Entry) -> Link:
+    return Link(entry.scaled, float(entry.scaled(torch.ones(1, dtype=torch.float64))) * UP)
+
+
+def _apply(links: list[Link], inputs: Tensor) -> Tensor:
+    for link in links:
+        inputs = link.function(inputs)
+    return inputs

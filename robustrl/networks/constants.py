@@ -1,0 +1,189 @@
+"""Networks as chains of layers whose Lipschitz constants from l2 to l2 are known; everything else is refused by name.
+
+A layer is known by its exact class: a subclass may compute anything, and so may a layer with hooks or another `forward`. A module of
+another class with a method `lipschitz()` is taken at its word, and marked.
+
+Constants are upper bounds in float64. That of a convolution is the sum over the filter's taps of the norm of each tap's matrix: a tap
+shifts the picture, which no stride, dilation or zero padding makes longer.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
+from torch import Tensor, nn
+
+from robustrl.errors import check_real
+from robustrl.networks.activations import FAMILIES, LeakyReLU, SmoothActivation
+from robustrl.networks.extractors import LipschitzCNN, LipschitzMLP
+from robustrl.networks.skew_orthogonal import Householder, MaxMin, OrthogonalLinear, SkewOrthogonalConv2d
+
+UP = 1 + 1e-11
+"""Rounds a norm up by more than float64 can err."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """One layer.
+
+    Attributes:
+        function: what it computes of (n, *inputs).
+        lipschitz: how much further apart, in l2, outputs can be than inputs.
+        trusted: the class of a layer whose constant is its own claim.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    lipschitz: float
+    trusted: str | None = None
+
+
+def chain(layer: nn.Module) -> list[Link]:
+    """A network as a chain of known layers, in the order in which they compute.
+
+    Raises:
+        TypeError: naming a layer that has no known constant.
+        ValueError: if a constant is not finite.
+    """
+    name = type(layer).__name__
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, vars(layer).get("forward"))
+    if any(hooks):
+        raise TypeError(f"layer {name} has hooks or a forward of its own, so that nothing is known of what it computes")
+    if type(layer) in known.registry:
+        links = known(layer)
+    elif callable(claim := getattr(layer, "lipschitz", None)):
+        links = [Link(layer, claim(), trusted=name)]
+    else:
+        raise TypeError(
+            f"no Lipschitz constant is known of layer {name}; give it a method lipschitz() if you have a proof of one"
+        )
+    for link in links:
+        if check_real(f"Lipschitz constant of {name}", link.lipschitz) < 0:
+            raise ValueError(f"Lipschitz constant of {name} must be >= 0, got {link.lipschitz}")
+    return links
+
+
+def constant(links: Iterable[Link]) -> float:
+    """The constant of a chain."""
+    return math.prod(link.lipschitz for link in links)
+
+
+@functools.singledispatch
+def known(layer: nn.Module) -> list[Link]:
+    """Links by class of layer; `known.register` adds one. Call `chain`."""
+    raise NotImplementedError(type(layer).__name__)
+
+
+SLOPES: dict[type[nn.Module], Callable[[Any], float]] = {
+    nn.ReLU: lambda layer: 1.0,
+    nn.ReLU6: lambda layer: 1.0,
+    nn.Hardtanh: lambda layer: 1.0,
+    nn.Tanh: lambda layer: 1.0,
+    nn.Softsign: lambda layer: 1.0,
+    nn.Sigmoid: lambda layer: 0.25,
+    nn.LeakyReLU: lambda layer: max(1.0, abs(layer.negative_slope)),
+    nn.ELU: lambda layer: max(1.0, abs(layer.alpha)),
+    nn.SiLU: lambda layer: FAMILIES["swish"].slopes[1],
+    nn.Mish: lambda layer: FAMILIES["mish"].slopes[1],
+    nn.Flatten: lambda layer: 1.0,
+}
+"""Largest slopes of torch's functions of single entries."""
+
+
+def _by_slope(layer: nn.Module) -> list[Link]:
+    return [Link(layer, SLOPES[type(layer)](layer))]
+
+
+def _by_itself(layer: Any) -> list[Link]:
+    return [Link(layer, layer.lipschitz())]
+
+
+for _kind in SLOPES:
+    known.register(_kind, _by_slope)
+for _kind in (MaxMin, Householder, OrthogonalLinear, SkewOrthogonalConv2d, SmoothActivation, LeakyReLU):
+    known.register(_kind, _by_itself)
+
+
+@known.register
+def _(layer: nn.Identity) -> list[Link]:
+    return []
+
+
+@known.register
+def _(layer: nn.Sequential) -> list[Link]:
+    return [link for part in layer for link in chain(part)]
+
+
+@known.register
+def _(layer: nn.GELU) -> list[Link]:
+    if layer.approximate != "none":
+        raise TypeError("GELU: approximate must be 'none'; no Lipschitz constant is known of its approximation")
+    return [Link(layer, FAMILIES["gelu"].slopes[1])]
+
+
+@known.register
+def _(layer: nn.Linear) -> list[Link]:
+    return [Link(layer, _norm(layer.weight[None]))]
+
+
+@known.register(nn.Conv1d)
+@known.register(nn.Conv2d)
+def _(layer: nn.Conv1d | nn.Conv2d) -> list[Link]:
+    if layer.padding_mode != "zeros":
+        raise TypeError(f"{type(layer).__name__}: padding_mode must be 'zeros', got {layer.padding_mode!r}")
+    taps = layer.weight.flatten(2).unflatten(0, (layer.groups, -1)).movedim(-1, 0)
+    return [Link(layer, sum(_norm(tap) for tap in taps))]
+
+
+def _norm(blocks: Tensor) -> float:
+    """Norm of a matrix of diagonal blocks (blocks, rows, columns)."""
+    if not bool(blocks.isfinite().all()):
+        raise ValueError("weights must be finite, got NaN or inf")
+    return float(torch.linalg.matrix_norm(blocks.detach().double(), 2).max()) * UP
+
+
+@known.register
+def _(layer: nn.MaxPool2d) -> list[Link]:
+    if layer.return_indices or not _apart(layer) or set(_pair(layer.dilation)) != {1}:
+        raise TypeError("MaxPool2d: windows must not overlap (stride >= kernel_size, dilation 1), and indices not be returned")
+    return [Link(layer, 1.0)]
+
+
+@known.register
+def _(layer: nn.AvgPool2d) -> list[Link]:
+    if layer.divisor_override is not None or not _apart(layer):
+        raise TypeError("AvgPool2d: windows must not overlap (stride >= kernel_size), with divisor_override left out")
+    return [Link(layer, 1.0)]
+
+
+def _apart(layer: nn.MaxPool2d | nn.AvgPool2d) -> bool:
+    return all(step >= size for step, size in zip(_pair(layer.stride), _pair(layer.kernel_size), strict=True))
+
+
+def _pair(sizes: Any) -> tuple[int, int]:
+    return sizes if isinstance(sizes, tuple) else (sizes, sizes)
+
+
+@known.register
+def _(layer: LipschitzMLP) -> list[Link]:
+    return [*chain(nn.Flatten()), *(link for part in layer.layers for link in chain(part))]
+
+
+@known.register
+def _(layer: LipschitzCNN) -> list[Link]:
+    return [*(link for part in layer.layers for link in chain(part)), *chain(nn.Flatten())]
+
+
+@known.register
+def _(layer: FlattenExtractor) -> list[Link]:
+    return chain(layer.flatten)
+
+
+@known.register
+def _(layer: NatureCNN) -> list[Link]:
+    return [*chain(layer.cnn), *chain(layer.linear)]
