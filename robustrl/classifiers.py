@@ -20,6 +20,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from robustrl.certify.classify import certified, check_noise, fingerprint
+from robustrl.certify.lipschitz import LipschitzScores
+from robustrl.certify.margins import NORMS
 from robustrl.certify.methods import input_method
 from robustrl.certify.radius import SAME, RadiusCertificate
 from robustrl.certify.sampling import Smoothed
@@ -28,6 +30,7 @@ from robustrl.errors import (
     ChunkError,
     UnsafeModelError,
     check_alpha,
+    check_choice,
     check_count,
     check_finite_array,
     check_positive,
@@ -52,7 +55,7 @@ def certify_images(
     model: Any,
     images: ArrayLike,
     labels: ArrayLike,
-    noise: Noise,
+    noise: Noise | None = None,
     *,
     n0: int = 100,
     n: int = 100_000,
@@ -74,13 +77,13 @@ def certify_images(
         model: torch module, or any callable from inputs (rows, *shape) float32 to scores (rows, K).
         images: inputs (N, *shape), floats in the units of the noise.
         labels: classes (N,).
-        noise: the mechanism; the classifier should have been trained under it.
+        noise: the mechanism; the classifier should have been trained under it. None for method "lipschitz".
         n0: noisy copies per input that choose the class.
         n: noisy copies per input that give the evidence.
         alpha: failure probability of each certificate.
         alpha_total: of all together, in place of `alpha`.
-        method: see `Smoothed.certify`.
-        norm: of the radii; default the noise's own.
+        method: see `Smoothed.certify`; or "lipschitz", for a module of known layers as it is: `LipschitzScores.of` says which.
+        norm: of the radii; default the noise's own, 2 without noise.
         bounds: (low, high) that scores are clipped to, for method "values" alone.
         skip: certify every `skip`-th input.
         seed: of the noise; an input's draws depend on it and on the input's index alone.
@@ -92,30 +95,47 @@ def certify_images(
         AccuracyReport.
     Raises:
         ValueError: for inputs and labels that do not fit each other or the model, or bad numbers.
+        TypeError: for inputs that are no floats, or a network without a known Lipschitz constant.
         ChunkError: if the folder holds another run.
     """
     found, y = np.asarray(images), np.asarray(labels)
     if found.dtype.kind != "f":
         raise TypeError(
-            f"images must be floats in the units of the noise, got {found.dtype}: scale them first (load_images does)"
+            f"images must be floats in the units of noise and radius, got {found.dtype}: scale them first (load_images does)"
         )
     x = check_finite_array("images", found)
     if x.ndim < 2 or y.shape != (len(x),) or y.dtype.kind not in "iu" or y.min() < 0:
         raise ValueError(f"images must be (N, *shape) and labels N integers >= 0, got shapes {x.shape} and {y.shape}")
     chosen = range(0, len(x), check_count("skip", skip))
     check_count("seed", seed, least=0)
-    exact = input_method(method).exact
+    if (noise is None) != (method == "lipschitz"):
+        raise ValueError(f"noise must be given for every method but 'lipschitz', which has none, got {noise} for {method!r}")
+    exact = noise is None or input_method(method).exact
     if (method == "values") != (bounds is not None):
         raise ValueError(
             f"bounds must be given for method 'values' (--bounds LOW HIGH) and no other, got {bounds} for {method!r}"
         )
-    probe = Smoothed(model, noise, device=device)
-    check_noise(noise, "input")
-    _check_labels(y, probe, found)
     level = 0.0 if exact else alpha if alpha_total is None else check_alpha(alpha_total, "alpha_total") / len(chosen)
-    own = noise.norm if norm is None else norm
+    share = alpha if exact else level  # which exact methods do not look at
+    if noise is None:
+        network = LipschitzScores.of(model if device is None else model.to(device))
+        own, classes = check_choice("norm", 2 if norm is None else norm, NORMS), network.scores(found[:1]).shape[1]
+    else:
+        probe = Smoothed(model, noise, device=device)
+        check_noise(noise, "input")
+        own, classes = noise.norm if norm is None else norm, probe.tally(found[:1], 1).counts.shape[1]
+    if y.max() >= classes:
+        raise ValueError(f"labels must be below {classes}, the number of the model's classes, got {y.max()}")
+
+    def certificate_of(i: int) -> RadiusCertificate:
+        one = found[i : i + 1]
+        if noise is None:
+            return network.certificates(one, scope="input", norm=own)[0]
+        function = Smoothed(model, noise, bounds=bounds, device=device, seed=_seed_of(seed, i), batch_size=batch_size)
+        return function.certify(one, n0, n, share, method=method, norm=norm)[0]
+
     settings = {
-        "noise": noise.to_dict(),
+        "noise": None if noise is None else noise.to_dict(),
         "n0": n0,
         "n": n,
         "alpha": level,
@@ -125,7 +145,7 @@ def certify_images(
         "skip": skip,
         "seed": seed,
         "inputs": len(x),
-        "model": fingerprint(probe.function) or identity(model),
+        "model": fingerprint(model if noise is None else probe.function) or identity(model),
         "images": hashlib.sha256(np.ascontiguousarray(found).tobytes()).hexdigest(),
         "labels": _digest_of([int(y[i]) for i in chosen]),
     }
@@ -134,19 +154,12 @@ def certify_images(
         advance(len(log.rows))
         for i in chosen[len(log.rows) :]:
             start = time.perf_counter()
-            function = Smoothed(model, noise, bounds=bounds, device=device, seed=_seed_of(seed, i), batch_size=batch_size)
-            share = alpha if exact else level  # which exact methods do not look at
-            certificate = function.certify(found[i : i + 1], n0, n, share, method=method, norm=norm)[0]
+            certificate = certificate_of(i)
             log.add(Row(i, int(y[i]), certificate.prediction, certificate.radius, time.perf_counter() - start), certificate)
             advance(1)
-    return AccuracyReport(tuple(log.rows), own, f"{noise.scale}, {method}, {'exact' if exact else f'n = {n}'}")
-
-
-def _check_labels(labels: NDArray[Any], smoothed: Smoothed, images: NDArray[Any]) -> None:
-    """Refuse labels that the model has no score for; a single copy of a single image shows how many it has."""
-    classes = smoothed.tally(images[:1], 1).counts.shape[1]
-    if labels.max() >= classes:
-        raise ValueError(f"labels must be below {classes}, the number of the model's classes, got {labels.max()}")
+    return AccuracyReport(
+        tuple(log.rows), own, f"{'no noise' if noise is None else noise.scale}, {method}, {'exact' if exact else f'n = {n}'}"
+    )
 
 
 def _digest_of(labels: list[int]) -> str:
@@ -204,7 +217,7 @@ def verify_images(folder: str | os.PathLike[str]) -> AccuracyReport:
     try:
         settings = json.loads((home / "settings.json").read_text(encoding="utf-8"))
         noise, norm, method, alpha = (
-            noise_from_dict(settings["noise"]),
+            None if settings["noise"] is None else noise_from_dict(settings["noise"]),
             float(settings["norm"]),
             settings["method"],
             settings["alpha"],

@@ -28,7 +28,10 @@ from robustrl.options import (
     read_normalization,
 )
 
-METHOD_NAMES = "one-sided, two-sided, second-order, second-order-pairs, dipole, or splitting (for DeterministicSplitting noise)"
+METHOD_NAMES = (
+    "one-sided, two-sided, second-order, second-order-pairs, dipole, splitting (for DeterministicSplitting noise), or lipschitz (without "
+    "noise, for networks of layers with known Lipschitz constants)"
+)
 Copies = Annotated[int, typer.Option("--n", help="Noisy copies of each input that give the evidence.")]
 ChoosingCopies = Annotated[int, typer.Option("--n0", help="Noisy copies of each input that choose the class.")]
 
@@ -52,7 +55,7 @@ def trace(
     policy_kwargs: PolicyKwargs = None,
     trust: Trust = False,
 ) -> None:
-    """Play one episode by majority vote and certify every (discrete) action; writes trace.json and trace.png."""
+    """Play one episode by majority vote (lipschitz: greedily) and certify every action; writes trace.json and trace.png."""
     from dataclasses import replace
 
     from robustrl.agents import MajorityVoteAgent
@@ -71,9 +74,12 @@ def trace(
     model, recipe = open_model(target, env, algo, changes, policy_kwargs, trust)
     recipe = EnvRecipe.of(recipe, noise=parse_noise(sigma, noise))  # a second noise is refused
     chosen = recipe.noise
-    if chosen is None:
+    if method == "lipschitz":
+        if chosen is not None:
+            raise ValueError(f"--method lipschitz certifies a policy without noise, but this one acts under {chosen}")
+    elif chosen is None:
         raise ValueError("--sigma or --noise must be given: the run has no noise of its own")
-    agent = MajorityVoteAgent(recipe.view(model), chosen, seed=seed)
+    agent = recipe.view(model) if chosen is None else MajorityVoteAgent(recipe.view(model), chosen, seed=seed)
     found = radius_trace(agent, replace(recipe, noise=None), alpha=alpha, n0=n0, n=n, method=method, seed=seed, progress=True)
     folder.mkdir(parents=True, exist_ok=True)
     found.save(folder / "trace.json")
@@ -99,7 +105,7 @@ def certify_images(
     bounds: Annotated[
         tuple[float, float] | None, typer.Option(help="LOW HIGH: the range that scores are clipped to, for --method values.")
     ] = None,
-    norm: Annotated[str | None, typer.Option(help="1, 2 or inf; default the noise's own.")] = None,
+    norm: Annotated[str | None, typer.Option(help="1, 2 or inf; default the noise's own, 2 without noise.")] = None,
     scale: Annotated[float | None, typer.Option(help="Divide inputs by this; default 255 for integers, 1 for floats.")] = None,
     skip: Annotated[int, typer.Option(help="Certify every so many inputs.")] = 1,
     seed: Seed = 0,
@@ -113,7 +119,7 @@ def certify_images(
     from robustrl.classifiers import load_classifier, load_images
 
     chosen = parse_noise(sigma, noise)
-    if chosen is None:
+    if chosen is None and method != "lipschitz":
         raise ValueError("--sigma or --noise must be given")
     sys.path.insert(0, "")  # a module beside the data, as Python itself finds it
     place = parse_device(device)

@@ -12,7 +12,7 @@ import torch
 from scipy.stats import binom
 from torch import nn
 
-from robustrl.certify.methods import METHODS, Evidence, answer_of, exclusions, input_method, method_for
+from robustrl.certify.methods import Evidence, answer_of, exclusions, input_method, method_for
 from robustrl.certify.radius import ABSTAIN, RadiusCertificate, Scope
 from robustrl.certify.sampling import Counts, Smoothed, Tally
 from robustrl.certify.second_order import SplitMeans
@@ -290,7 +290,7 @@ def certified(
     judge = method_for(method, scope)
     check_choice("norm", norm, (0, 1, 2, math.inf))
     verdict = judge.verdict(evidence, noise, judge.check_alpha(alpha), norm)
-    fp_model = "exact" if METHODS[method].exact or noise is None else noise.fp_model
+    fp_model = "real" if judge.real else "exact" if judge.exact or noise is None else noise.fp_model
     bare = RadiusCertificate(
         alpha=alpha,
         not_covered=(),

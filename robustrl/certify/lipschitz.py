@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,12 @@ from numpy.typing import ArrayLike, NDArray
 from stable_baselines3.common.torch_layers import CombinedExtractor
 from torch import Tensor, nn
 
+from robustrl.certify.classify import certified, provenance
 from robustrl.certify.margins import Floats, from_l2, pushes
-from robustrl.errors import check_finite_array
+from robustrl.certify.radius import RadiusCertificate
+from robustrl.errors import check_count, check_finite_array
 from robustrl.networks.constants import UP, Link, chain, constant, known
+from robustrl.policy.actions import refuse_broken
 from robustrl.policy.sb3 import _Entry, _Network
 from robustrl.policy.view import PolicyView, _ChannelsFirst, _Normalized, _NumpyTanh
 
@@ -35,8 +39,10 @@ class LipschitzScores:
     is noticed by value. Units are those of the observations given, before any preprocessing of the policy's own.
     """
 
-    def __init__(self, network: nn.Module, shape: tuple[int, ...] | None = None) -> None:
-        self._network, self._shape = network, shape
+    def __init__(self, policy: nn.Module) -> None:
+        self._policy = policy
+        self._network: nn.Module = policy.actor if isinstance(policy, PolicyView) else policy
+        self._shape = policy.observation_shape if isinstance(policy, PolicyView) else None
         self._state: tuple[dict[str, Any], list[bool]] | None = None
         self._refresh()
 
@@ -61,7 +67,7 @@ class LipschitzScores:
             )
         if view.memory_shape is not None:
             raise TypeError("policy must not be recurrent: no Lipschitz constant of its memory is known")
-        return cls(view.actor, view.observation_shape)
+        return cls(view)
 
     @property
     def lipschitz(self) -> float:
@@ -106,12 +112,71 @@ class LipschitzScores:
         """Which actions an attack of norm at most `radius` may bring about, (n, K); the others it cannot."""
         return self.costs(observations, norm) <= radius
 
+    def certificates(
+        self, observations: ArrayLike | Tensor, *, scope: str = "step", norm: float = 2
+    ) -> list[RadiusCertificate]:
+        """A certificate per observation, of method "lipschitz": nothing is sampled, alpha is 0. It abstains at ties.
+
+        Args:
+            observations: (n, *shape).
+            scope: "step", or "input" for a classifier.
+            norm: of the radius, 1, 2 or inf.
+        """
+        scores, rounding, dimension = self._evaluated(observations)
+        rivals, differences = self._rivals(scores, rounding)[0], self.differences(scores.shape[1])
+        common = {"lipschitz": self._lipschitz, "dimension": dimension, "trusted": list(self._trusted)}
+        return [
+            certified(
+                "lipschitz",
+                {
+                    "scores": scores[i].tolist(),
+                    "rounding": float(rounding[i]),
+                    "rivals": rivals[i].tolist(),
+                    "differences": differences[np.arange(len(row)), row].tolist(),
+                    **common,
+                },
+                alpha=0.0,
+                norm=norm,
+                scope=scope,
+                provenance=origin,
+            )
+            for i, (row, origin) in enumerate(zip(rivals, provenance(self._policy, observations), strict=True))
+        ]
+
+    def audit(self, observations: ArrayLike | Tensor, steps: int = 20, seed: int = 0) -> tuple[float, float]:
+        """The constant, and the largest expansion that is found of the features: never above it, unless something is wrong.
+
+        Args:
+            observations: (n, *shape); Jacobians at each by power iteration, and differences between neighbours in the list.
+            steps: of the power iteration.
+            seed: of its start.
+        Returns:
+            upper and lower bound of the true constant.
+        """
+        self._refresh()
+        device = next(self._network.parameters(), torch.empty(0)).device
+        x = self._checked(observations).to(device).requires_grad_()
+        with torch.enable_grad():
+            features = self._features(x).flatten(1)
+            weights = torch.zeros_like(features, requires_grad=True)
+            (back,) = torch.autograd.grad(features, x, weights, create_graph=True)  # J^T w, linear in w
+            generator = torch.Generator().manual_seed(seed)
+            direction = torch.randn(x.shape, dtype=x.dtype, generator=generator).to(device)
+            for _ in range(check_count("steps", steps)):
+                direction = direction / _lengths(direction).clamp_min(sys.float_info.min).reshape(-1, *(1,) * (x.ndim - 1))
+                (forth,) = torch.autograd.grad(back, weights, direction, retain_graph=True)
+                (direction,) = torch.autograd.grad(features, x, forth, retain_graph=True)
+        moved, apart = _lengths(features[1:] - features[:-1]), _lengths(x[1:] - x[:-1])
+        found = [_lengths(forth), moved[apart > 0] / apart[apart > 0]]
+        return self._lipschitz, float(torch.cat(found).max().detach())
+
     def differences(self, n_actions: int) -> Floats:
         """||w_a - w_b||_2 of the last layer's rows, rounded up, (K, K); of unit vectors without a linear last layer."""
         if self._head is None:
             return math.sqrt(2) * UP * (1 - np.eye(n_actions))
-        rows = self._head.weight
-        return (rows[:, None] - rows).norm(dim=-1).cpu().numpy() * UP
+        rows = self._head.weight.cpu().numpy()
+        apart: Floats = np.linalg.norm(rows[:, None] - rows, axis=-1) * UP
+        return apart
 
     def _rivals(self, scores: Floats, rounding: Floats) -> tuple[NDArray[np.int64], Floats]:
         """For every action the one that is hardest to overtake, and the l2 norm that it takes."""
@@ -122,29 +187,33 @@ class LipschitzScores:
     def _evaluated(self, observations: ArrayLike | Tensor) -> tuple[Floats, Floats, int]:
         """Scores, what rounding may take off their differences (n,), and the number of entries of an observation."""
         self._refresh()
+        inputs = self._checked(observations)
+        with torch.inference_mode():
+            parts = [self._with_rounding(part) for part in torch.split(inputs, BATCH)]
+        scores, rounding = (torch.cat(rows).cpu().numpy() for rows in zip(*parts, strict=True))
+        refuse_broken(not (np.isfinite(scores).all() and np.isfinite(rounding).all()))
+        return scores, rounding, math.prod(inputs.shape[1:])
+
+    def _checked(self, observations: ArrayLike | Tensor) -> Tensor:
         given = observations.detach().cpu().numpy() if isinstance(observations, Tensor) else observations
         inputs = torch.from_numpy(check_finite_array("observations", given))
         shape = tuple(inputs.shape[1:])
-        if not shape or (self._shape is not None and shape != self._shape):
-            raise ValueError(f"observations must be (n, *{self._shape or ('shape',)}), got shape {tuple(inputs.shape)}")
-        with torch.inference_mode():
-            pairs = [self._both(part) for part in inputs.split(BATCH)]
-        scores, live = (torch.cat(parts).cpu().numpy() for parts in zip(*pairs, strict=True))
-        if not (np.isfinite(scores).all() and np.isfinite(live).all()):
-            raise ValueError("the network's scores must be finite, got NaN or inf: weights or observations are broken")
-        # An action that the network itself takes, by its own rounding, then costs nothing.
-        rounding = 2 * np.abs(live - scores).max(1) + ROUNDING * np.abs(scores).max(1)
-        return scores, rounding, math.prod(shape)
+        if not shape or shape != (self._shape or shape):
+            raise ValueError(f"observations must be of shape (n, *{self._shape or 'shape'}), got {tuple(inputs.shape)}")
+        return inputs
 
-    def _both(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores in float64, and the network's own."""
-        at = next((p for p in self._network.parameters()), torch.empty(0))
+    def _with_rounding(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        at = next(self._network.parameters(), torch.empty(0))
         inputs = inputs.to(at.device)
-        scores = self._features(inputs)
-        scores = scores if self._head is None else self._head(scores)
+        scores = features = self._features(inputs)
+        terms = features.abs()
+        if self._head is not None:
+            scores, terms = self._head(features), terms @ self._head.weight.abs().T
         if scores.ndim != 2:
             raise ValueError(f"the network must give scores (n, K), got shape {tuple(scores.shape)}")
-        return scores, self._network(inputs.to(at.dtype)).double()
+        # Twice: the action that the network takes by its own rounding then costs nothing.
+        own = 2 * (self._network(inputs.to(at.dtype)).double() - scores).abs().amax(1)
+        return scores, own + ROUNDING * (terms + scores.abs()).amax(1)
 
     def _features(self, inputs: Tensor) -> Tensor:
         for link in self._links:
@@ -163,8 +232,8 @@ class LipschitzScores:
         self._state = None
         twin = copy.deepcopy(self._network).double().requires_grad_(False)
         for module in twin.modules():
-            if getattr(module, "inplace", False):
-                module.inplace = False
+            if "inplace" in vars(module):
+                vars(module)["inplace"] = False
         with torch.no_grad():
             links = chain(twin)
         last = links[-1].function if links else None
@@ -173,6 +242,11 @@ class LipschitzScores:
         self._lipschitz = constant(self._links) * UP
         self._trusted = tuple(sorted({link.trusted for link in self._links if link.trusted is not None}))
         self._state = {name: copy.deepcopy(value) for name, value in state.items()}, modes
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    lengths: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1)
+    return lengths
 
 
 def _equal(kept: Any, now: Any) -> bool:
@@ -210,7 +284,7 @@ def _(layer: _Network) -> list[Link]:
     sizes = [math.prod(entry.shape) for entry in entries]
 
     def side_by_side(joint: Tensor) -> Tensor:
-        return torch.cat([_apply(part, x) for part, x in zip(parts, joint.split(sizes, dim=1), strict=True)], dim=1)
+        return torch.cat([_apply(part, x) for part, x in zip(parts, torch.split(joint, sizes, dim=1), strict=True)], dim=1)
 
     return [Link(side_by_side, max(map(constant, parts))), *chain(layer.heads)]
 

@@ -12,6 +12,7 @@ dipole                input, step      counts of antithetic pairs (Gaussian)
 values                input, step      means of bounded scores
 splitting             input, step      votes of all offsets; nothing is sampled
 splitting-trajectory  trajectory       the same at every step; nothing is sampled
+lipschitz             input, step      scores of a network, and its Lipschitz constant; no noise
 label-flips           training-labels  integer votes of the training examples; nothing is sampled
 ====================  ===============  ===========================================================
 """
@@ -26,6 +27,7 @@ import numpy as np
 
 from robustrl.certify.confidence import clopper_pearson_lower, clopper_pearson_upper
 from robustrl.certify.labels import label_flip_certificate
+from robustrl.certify.margins import lipschitz_verdict
 from robustrl.certify.radius import ABSTAIN, Verdict
 from robustrl.certify.second_order import (
     DipoleBound,
@@ -46,6 +48,9 @@ if TYPE_CHECKING:
 Evidence = dict[str, Any]
 
 SAMPLED = frozenset({"input", "step"})
+
+ELSEWHERE = frozenset({"sequential", "lipschitz"})
+"""Methods about inputs that are not those of `Smoothed.certify`: see `Smoothed.decide` and `LipschitzScores`."""
 
 NO_PROOF = {
     "episode": "it is about one input fixed beforehand; an attacker of several steps adapts to the noise it has seen. The return of "
@@ -69,12 +74,14 @@ class Method:
             another norm than the noise's) and "rounding" (how far the sampled point is from the certified one).
         scopes: what it has a proof for.
         exact: whether nothing is sampled, so that alpha is 0.
+        real: whether it is about real arithmetic all the same.
     """
 
     judge: Callable[[Evidence, Noise | None, float, float], Verdict]
     keys: frozenset[str]
     scopes: frozenset[str] = SAMPLED
     exact: bool = False
+    real: bool = False
 
     def check_alpha(self, alpha: float) -> float:
         """A failure probability in (0, 0.5], or 0 for an exact method."""
@@ -131,11 +138,19 @@ def input_method(name: str, scope: str = "input") -> Method:
     Raises:
         ValueError: see `method_for`; an unknown name is answered with those of `Smoothed.certify` alone.
     """
-    taken = tuple(key for key, method in METHODS.items() if "input" in method.scopes and key != "sequential")
+    taken = tuple(key for key, method in METHODS.items() if "input" in method.scopes and key not in ELSEWHERE)
     method = method_for(name, scope) if name in METHODS else None
     if method is None or name not in taken:
         raise ValueError(f"method must be one of {', '.join(taken)}, got {name!r}")
     return method
+
+
+LIPSCHITZ = (
+    "Floating point: the proof is about real arithmetic; the network's own rounding is accounted for at the input itself.",
+    "Actions that are sampled or explored: the decision is the greedy one.",
+    "Other units: the radius is in those of the observation that was given (bytes of a picture, or pixels in [0, 1]).",
+    "Frames apart: it is that of the whole observation; in a stack of k, frames that are changed by eps each move it by eps sqrt(k).",
+)
 
 
 def exclusions(certificate: RadiusCertificate) -> tuple[str, ...]:
@@ -155,6 +170,10 @@ def exclusions(certificate: RadiusCertificate) -> tuple[str, ...]:
         ]
         if certificate.fp_model == "real":
             sentences.append("Floating point: noise and proof are those of real arithmetic.")
+    if certificate.method == "lipschitz":
+        sentences += LIPSCHITZ
+        if trusted := certificate.evidence.get("trusted"):
+            sentences.append(f"Wrong claims of their own constants by the layers {', '.join(map(str, trusted))}.")
     if certificate.method == "splitting-trajectory" and certificate.evidence.get("n_frames") == 1:
         sentences.append("Frames that stay in a stack: every observation is attacked afresh.")
     if certificate.scope == "step":
@@ -310,6 +329,12 @@ def _l1(noise: Noise | None, norm: float) -> Noise:
     return _needed(noise)
 
 
+def _lipschitz(evidence: Evidence, noise: Noise | None, alpha: float, norm: float) -> Verdict:
+    if noise is not None:
+        raise ValueError(f"noise must be None: the network is certified as it is, got {noise}")
+    return Verdict(*lipschitz_verdict(evidence, norm))
+
+
 def _label_flips(evidence: Evidence, noise: Noise | None, alpha: float, norm: float) -> Verdict:
     """Norm 0: how many labels may be flipped."""
     if norm != 0 or noise is not None:
@@ -332,6 +357,12 @@ METHODS: dict[str, Method] = {
     "splitting": Method(_splitting, VOTES, exact=True),
     "splitting-trajectory": Method(
         _trajectory, VOTES | {"n_frames", "padding", "budget"}, frozenset({"trajectory"}), exact=True
+    ),
+    "lipschitz": Method(
+        _lipschitz,
+        frozenset({"scores", "rounding", "rivals", "differences", "lipschitz", "dimension", "trusted"}),
+        exact=True,
+        real=True,
     ),
     "label-flips": Method(
         _label_flips, frozenset({"weights", "labels", "n_classes", "q", "method"}), frozenset({"training-labels"}), exact=True

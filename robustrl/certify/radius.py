@@ -119,8 +119,10 @@ class RadiusCertificate(Certificate):
         if omitted:
             raise CertificateError(f"field 'not_covered' leaves out: {omitted[0]}")
         expected = "real" if self.noise is None else self.noise.fp_model
-        if self.fp_model != expected and not METHODS[self.method].exact:
-            raise CertificateError(f"field 'fp_model' is {self.fp_model!r}, but {self.noise} is {expected!r}")
+        method = METHODS[self.method]
+        if self.fp_model != expected and (method.real or not method.exact):
+            what = self.method if self.noise is None else self.noise
+            raise CertificateError(f"field 'fp_model' is {self.fp_model!r}, but {what} is {expected!r}")
 
     def with_exclusions(self, sentences: tuple[str, ...]) -> Self:
         """A copy that lists what it does not cover."""

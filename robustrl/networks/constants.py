@@ -136,7 +136,8 @@ def _(layer: nn.Linear) -> list[Link]:
 def _(layer: nn.Conv1d | nn.Conv2d) -> list[Link]:
     if layer.padding_mode != "zeros":
         raise TypeError(f"{type(layer).__name__}: padding_mode must be 'zeros', got {layer.padding_mode!r}")
-    taps = layer.weight.flatten(2).unflatten(0, (layer.groups, -1)).movedim(-1, 0)
+    weight = layer.weight.flatten(2)
+    taps = weight.reshape(layer.groups, -1, *weight.shape[1:]).movedim(-1, 0)
     return [Link(layer, sum(_norm(tap) for tap in taps))]
 
 

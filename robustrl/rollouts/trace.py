@@ -5,32 +5,37 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from robustrl.agents.voting import MajorityVoteAgent
 from robustrl.certify.classify import certified
+from robustrl.certify.lipschitz import LipschitzScores
+from robustrl.certify.methods import METHODS
 from robustrl.certify.radius import ABSTAIN, SAME, RadiusCertificate
 from robustrl.envs.recipe import EnvRecipe, make_vec_env
 from robustrl.errors import CertificateError, check_alpha, check_count, check_finite_array
 from robustrl.files import save_figure, write_atomically
 from robustrl.noise import noise_from_dict
+from robustrl.policy import PolicyView
 from robustrl.rollouts.progress import progress_bar
 
 
 @dataclass(frozen=True)
 class RadiusTrace:
-    """An episode of a `MajorityVoteAgent` with a certificate per step.
+    """An episode with a certificate per step.
 
     Attributes:
         certificates: one per step; together they fail with probability at most `alpha`.
         actions: what was done, int64 (T,): the certified action, or the most frequent one where the certificate abstains.
         rewards: (T,).
-        alpha: of the whole episode; it was split over the horizon, as its length is not known beforehand.
+        alpha: of the whole episode; it was split over the horizon, as its length is not known beforehand. 0 for "lipschitz".
         horizon: most steps the episode could have had.
         label: of the environment.
     """
@@ -71,7 +76,7 @@ class RadiusTrace:
             chosen = self.actions == action
             ax.plot(steps[chosen], self.radii[chosen], ".", markersize=5, label=f"action {action}")
         noise = self.certificates[0].noise
-        ax.set_title(f"{self.label}, {'' if noise is None else noise.scale}, {100 * (1 - self.alpha):g}% for all steps at once")
+        ax.set_title(f"{self.label}, {'no noise' if noise is None else noise.scale}, {100 * (1 - self.alpha):g}% for all steps at once")
         ax.set_xlabel("step")
         ax.set_ylabel(f"certified l{self.certificates[0].norm:g} radius")
         ax.set_ylim(bottom=-0.02 * float(self.radii.max() or 1))
@@ -114,13 +119,15 @@ class RadiusTrace:
         """
         try:
             document = json.loads(Path(path).read_text(encoding="utf-8"))
-            noise, steps, share = noise_from_dict(document["noise"]), document["steps"], document["alpha_per_step"]
+            noise = None if document["noise"] is None else noise_from_dict(document["noise"])
+            steps, share, together = document["steps"], document["alpha_per_step"], document["alpha"]
             common: dict[str, Any] = {"alpha": share, "norm": document["norm"], "scope": "step", "noise": noise}
             certificates = tuple(certified(document["method"], step["evidence"], **common) for step in steps)
             actions = np.array([step["action"] for step in steps], dtype=np.int64)
             rewards = check_finite_array("rewards", [step["reward"] for step in steps])
             stated = [(step["prediction"], step["radius"]) for step in steps]
-            together, horizon = check_alpha(document["alpha"]), check_count("horizon", document["horizon"])
+            together = METHODS[document["method"]].check_alpha(together) if noise is None else check_alpha(together)
+            horizon = check_count("horizon", document["horizon"])
         except (KeyError, TypeError, ValueError) as error:
             raise CertificateError(f"{os.fspath(path)}: no trace that can be recomputed: {error!r}") from None
         for t, (certificate, (prediction, radius)) in enumerate(zip(certificates, stated, strict=True)):
@@ -136,7 +143,7 @@ class RadiusTrace:
 
 
 def radius_trace(
-    agent: MajorityVoteAgent,
+    agent: Any,
     env: Any,
     *,
     alpha: float = 0.05,
@@ -149,27 +156,33 @@ def radius_trace(
     """Play one clean episode and certify every action.
 
     Args:
-        agent: who plays; its noise is its own.
+        agent: who plays: a `MajorityVoteAgent`, whose noise is its own; with method "lipschitz" a policy that `LipschitzScores.of`
+            takes, which plays greedily.
         env: id, factory, recipe, ...: anything `EnvRecipe.of` takes. Noise in the recipe is left out.
-        alpha: failure probability of all steps together, split evenly over the horizon.
+        alpha: failure probability of all steps together, split evenly over the horizon; "lipschitz" has none.
         n0: noisy copies per step that choose the action.
         n: noisy copies per step that give the evidence.
-        method: see `MajorityVoteAgent.certify`.
+        method: see `MajorityVoteAgent.certify`; or "lipschitz".
         seed: of the environment.
         progress: show a bar.
+    Raises:
+        TypeError: for an agent that the method does not take.
+        ValueError: for bad numbers, or an environment that does not fit.
     """
     recipe = replace(EnvRecipe.of(env), noise=None)
-    share = check_alpha(alpha) / recipe.horizon
+    if (method == "lipschitz") == isinstance(agent, MajorityVoteAgent):
+        raise TypeError(f"agent must be a MajorityVoteAgent, or a policy for method 'lipschitz', got {type(agent).__name__}")
+    if method == "lipschitz":
+        judged, alpha = _greedy(recipe.view(agent)), 0.0
+    else:
+        judged = _voting(agent, check_alpha(alpha) / recipe.horizon, n0, n, method)
     venv = make_vec_env(recipe, 1, seed=seed)
     certificates, actions, rewards = [], [], []
     try:
         observation, done = venv.reset(), False
         with progress_bar("trace", recipe.horizon, visible=progress) as advance:
             while not done:
-                certificate = agent.certify(observation, alpha=share, n0=n0, n=n, method=method)[0]
-                action = certificate.prediction
-                if certificate.abstained:
-                    action = int(agent.predict(observation)[0][0])
+                certificate, action = judged(observation)
                 observation, reward, dones, _ = venv.step(np.array([action]))
                 certificates.append(certificate)
                 actions.append(action)
@@ -179,3 +192,26 @@ def radius_trace(
     finally:
         venv.close()
     return RadiusTrace(tuple(certificates), np.array(actions), np.array(rewards), alpha, recipe.horizon, recipe.label)
+
+
+Judged = Callable[[Any], tuple[RadiusCertificate, int]]
+"""From an observation (1, *shape) to a certificate and what is done."""
+
+
+def _voting(agent: MajorityVoteAgent, alpha: float, n0: int, n: int, method: str) -> Judged:
+    def judged(observation: Any) -> tuple[RadiusCertificate, int]:
+        found = agent.certify(observation, alpha=alpha, n0=n0, n=n, method=method)[0]
+        return found, int(agent.predict(observation)[0][0]) if found.abstained else found.prediction
+
+    return judged
+
+
+def _greedy(policy: PolicyView) -> Judged:
+    scores = LipschitzScores.of(policy)
+
+    def judged(observation: Any) -> tuple[RadiusCertificate, int]:
+        with torch.inference_mode():
+            actions = policy.actions(policy.scores(torch.as_tensor(observation, device=policy.device)))
+        return scores.certificates(observation)[0], int(policy.received(actions)[0])
+
+    return judged
