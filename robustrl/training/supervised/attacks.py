@@ -151,15 +151,16 @@ class NoAttack(InnerAttack):
         return torch.zeros_like(x)
 
 
-@dataclass(frozen=True)
 class _Steps(InnerAttack, ABC):
+    """Attacks with a length of step `alpha`, times epsilon."""
+
     alpha: float
 
     def __post_init__(self) -> None:
         check_positive("alpha", self.alpha)
 
     def scaled(self, factor: float) -> Self:
-        return replace(self, alpha=self.alpha * factor)
+        return replace(self, alpha=self.alpha * factor)  # type: ignore[call-arg]  # every subclass is a dataclass with it
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from robustrl.certify.lipschitz import LipschitzScores
 from robustrl.errors import CertificateViolationError, check_count
 from robustrl.rollouts.executor import one_thread
 from robustrl.training.supervised.attacks import FGSMRS, PGD, Bounds, InnerAttack, Region, RowLosses
@@ -20,6 +22,8 @@ from robustrl.training.supervised.losses import CrossEntropy, Loss
 BATCH = 1024
 TARGETS = 3
 """Other classes that targeted attacks go for, the most likely first."""
+SLACK = 1 + 1e-6
+"""What float32 can add to the norm of a perturbation."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +215,8 @@ def evaluate(
     examples, loss = examples.to(device), loss or CrossEntropy()
     with one_thread():
         clean, fgsm, pgd = Trial(region.to(device), loss, *counts, targeted, seed).run(module, examples)
-        certified = _certified(module, examples, loss, region) if loss.labels(examples.targets) is not None else None
+        labels = loss.labels(examples.targets)
+        certified = None if labels is None else _certified(module, examples, labels, region)
     if certified is not None and bool((certified & ~pgd).any()):
         row = int(torch.nonzero(certified & ~pgd)[0])
         raise CertificateViolationError(f"example {row} is certified at {norm} radius {epsilon}, but an attack changed it")
@@ -223,5 +228,15 @@ def _share(which: Tensor) -> float:
     return float(which.double().mean())
 
 
-def _certified(module: nn.Module, examples: Examples, loss: Loss, region: Region) -> Tensor | None:
-    return None
+def _certified(module: nn.Module, examples: Examples, labels: Tensor, region: Region) -> Tensor | None:
+    """Which examples are right under every attack, (n,); None for a network without a known Lipschitz constant."""
+    reach = region.epsilon * (1.0 if region.scale is None else float(region.scale.max()))
+    rows = torch.split(torch.arange(len(examples), device=labels.device), BATCH)
+    with attacking(module):
+        try:
+            scores = LipschitzScores.of(module)
+            found = [scores.radii(examples.batch(part)[0], region.norm) for part in rows]
+        except TypeError:
+            return None
+    actions, radii = (torch.from_numpy(np.concatenate(parts)).to(labels.device) for parts in zip(*found, strict=True))
+    return (actions == labels) & (radii > reach * SLACK)
