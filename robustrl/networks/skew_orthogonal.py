@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -117,6 +118,29 @@ def norm_bound(filters: Tensor) -> Tensor:
     return torch.div(largest, math.cos(math.pi * reach / n) ** 2)
 
 
+def reshaped_norm_bound(filters: Tensor) -> Tensor:
+    """Another bound of the same norm, many times cheaper for many channels and about 1.6 times as large for random filters.
+
+    k times the lesser of the spectral norms of two reshapes of the filter, (c, k * k * c) and (k * c, k * c); the other two of the four
+    that the original takes are their transposes.
+
+    Args:
+        filters: skew-symmetric, (c, c, k, k).
+    Returns:
+        a number, differentiable.
+    Raises:
+        RuntimeError: if an entry is not finite.
+    Source: Singla, Feizi, "Fantastic Four" (ICLR 2021), arXiv:1911.10258.
+    """
+    c, _, k, _ = filters.shape
+    norms = []
+    for matrix in (filters.reshape(c, -1), filters.transpose(1, 2).reshape(c * k, c * k)):
+        with torch.no_grad():
+            vector = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -1]
+        norms.append(torch.linalg.vector_norm(vector @ matrix))
+    return k * torch.minimum(*norms)
+
+
 def skew_exponential(inputs: Tensor, filters: Tensor, terms: int, padding_mode: str = "zeros") -> Tensor:
     """S_K(A) x = sum_{j <= K} A^j x / j!, for a convolution A.
 
@@ -135,6 +159,9 @@ def skew_exponential(inputs: Tensor, filters: Tensor, terms: int, padding_mode: 
             image = functional.conv2d(result, filters, padding=reach)
         result = torch.add(inputs, image, alpha=1 / term)
     return result
+
+
+NORMALIZERS: dict[str, Callable[[Tensor], Tensor]] = {"symbol": norm_bound, "reshapes": reshaped_norm_bound}
 
 
 @dataclass
@@ -216,7 +243,9 @@ class SkewOrthogonalConv2d(OrthogonalLayer):
         padding_mode: "zeros", or "circular" for pictures that continue at the other side; others are not skew-symmetric.
         bias: add one number per channel.
         terms: K, 4, 8 or 12.
-        max_norm: R, at most `LARGEST_NORM[terms]`. From pi on every rotation can be reached.
+        max_norm: R, at most `LARGEST_NORM[terms]`. From pi on every rotation can be reached. Default 2.1, or the most with "reshapes".
+        normalizer: how the norm is bounded at every change of the weights: "symbol", tight (`norm_bound`), or "reshapes", cheap for many
+            channels (`reshaped_norm_bound`); what is loose there is made up for by the larger R.
         checkpoint: recompute the K intermediate pictures in the backward pass instead of storing them.
     Raises:
         ValueError: if an argument is out of range.
@@ -233,7 +262,8 @@ class SkewOrthogonalConv2d(OrthogonalLayer):
         padding_mode: str = "zeros",
         bias: bool = True,
         terms: int = 8,
-        max_norm: float = 2.1,
+        max_norm: float | None = None,
+        normalizer: str = "symbol",
         checkpoint: bool = False,
     ) -> None:
         self.in_channels, self.out_channels = check_count("in_channels", in_channels), check_count("out_channels", out_channels)
@@ -242,7 +272,9 @@ class SkewOrthogonalConv2d(OrthogonalLayer):
             raise ValueError(f"kernel_size must be odd, got {kernel_size}: an even filter has no centre to be skew about")
         self.padding_mode: str = check_choice("padding_mode", padding_mode, ("zeros", "circular"))
         self.terms: int = check_choice("terms", terms, tuple(LARGEST_NORM))
-        self.max_norm = check_positive("max_norm", max_norm)
+        self.normalizer: str = check_choice("normalizer", normalizer, tuple(NORMALIZERS))
+        default = 2.1 if normalizer == "symbol" else LARGEST_NORM[self.terms]
+        self.max_norm = default if max_norm is None else check_positive("max_norm", max_norm)
         if self.max_norm > LARGEST_NORM[self.terms]:
             raise ValueError(f"max_norm must be at most {LARGEST_NORM[self.terms]} for terms={self.terms}, got {max_norm}")
         self.checkpoint = checkpoint
@@ -251,11 +283,12 @@ class SkewOrthogonalConv2d(OrthogonalLayer):
 
     def _operator_of(self, weight: Tensor) -> Tensor:
         filters = skew_filter(weight) * self.scale
-        return filters * (self.max_norm / norm_bound(filters).clamp_min(self.max_norm))
+        return filters * (self.max_norm / NORMALIZERS[self.normalizer](filters).clamp_min(self.max_norm))
 
     def lipschitz(self) -> float:
         """See the base class; 1.0 exactly unless rounding brought the norm above R."""
-        norm = float(norm_bound(self._finite_operator())) * _ROUNDING
+        operator = self._finite_operator()
+        norm = min(float(bound(operator)) for bound in NORMALIZERS.values()) * _ROUNDING
         return taylor_singular_values(self.terms, norm)[1] if norm > 0 else 1.0
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -310,7 +343,8 @@ class SkewOrthogonalConv2d(OrthogonalLayer):
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding_mode={self.padding_mode!r}, terms={self.terms}, max_norm={self.max_norm}"
+            f"padding_mode={self.padding_mode!r}, terms={self.terms}, max_norm={self.max_norm}, "
+            f"normalizer={self.normalizer!r}"
         )
 
 

@@ -19,6 +19,7 @@ from robustrl.networks import Householder, MaxMin, OrthogonalLinear, SkewOrthogo
 from robustrl.networks.skew_orthogonal import (
     LARGEST_NORM,
     norm_bound,
+    reshaped_norm_bound,
     skew_exponential,
     skew_filter,
     symbol,
@@ -200,11 +201,45 @@ def test_the_bound_of_the_norm_is_reached_by_waves_between_the_frequencies(reach
     assert float(norm_bound(filters)) == pytest.approx(1, rel=1e-12)
 
 
-def test_the_bound_of_the_norm_is_far_below_that_by_reshaping() -> None:
-    """The bound of the original method: the image height and width of the filter times the least norm of its reshapes."""
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+def test_the_bound_by_reshapes_is_the_least_of_four_and_above_the_norm_of_every_picture(kernel_size: int) -> None:
+    orders = ((0, 2, 1, 3), (0, 3, 1, 2), (0, 1, 2, 3), (2, 3, 0, 1))
+    for channels in (2, 5, 16):
+        filters = random_filter(channels, kernel_size)
+        rows = (channels * kernel_size, channels * kernel_size, channels, channels * kernel_size**2)
+        norms = [norm(filters.permute(order).reshape(size, -1)) for order, size in zip(orders, rows, strict=True)]
+        bound = float(reshaped_norm_bound(filters))
+        assert bound == pytest.approx(kernel_size * min(norms), rel=1e-12)
+        assert float(norm_bound(filters)) <= 1.04 * bound
+        for padding_mode in PADDINGS:
+            assert norm(convolution(filters, padding_mode, 5)) <= bound * (1 + 1e-12)
+
+
+def test_the_tight_bound_is_far_below_that_by_reshapes() -> None:
     filters = random_filter(16)
-    reshapes = (filters.permute(0, 2, 1, 3).reshape(48, 48), filters.reshape(16, -1))
-    assert float(norm_bound(filters)) < 3 * min(map(norm, reshapes)) / 1.3
+    assert float(norm_bound(filters)) < float(reshaped_norm_bound(filters)) / 1.3
+
+
+@pytest.mark.parametrize("padding_mode", PADDINGS)
+@pytest.mark.parametrize("terms", [4, 8, 12])
+def test_with_the_cheap_bound_the_layer_turns_as_much_and_never_expands(terms: int, padding_mode: str) -> None:
+    layer = SkewOrthogonalConv2d(4, 4, terms=terms, normalizer="reshapes", padding_mode=padding_mode).double()
+    operator = layer.operator().detach()
+    assert layer.max_norm == LARGEST_NORM[terms]
+    assert float(reshaped_norm_bound(operator)) == pytest.approx(LARGEST_NORM[terms], rel=1e-12)
+    assert norm(convolution(operator, padding_mode)) > 1.5
+    assert layer.lipschitz() == 1.0
+    assert torch.linalg.svdvals(matrix(layer, 4, 8, 8)).max() <= 1 + 1e-12
+
+
+def test_a_filter_whose_cheap_bound_is_exact_still_has_the_constant_one() -> None:
+    """The same skew matrix at all pixels, whose waves add up in the mean picture; the bound of the symbol is 4 % above that."""
+    layer = SkewOrthogonalConv2d(2, 2, normalizer="reshapes").double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.0, 9], [-9, 0]])[:, :, None, None])
+    assert float(norm_bound(layer.operator().detach())) > 1.03 * LARGEST_NORM[8]
+    assert norm(layer.operator().detach().sum((2, 3))) == pytest.approx(LARGEST_NORM[8], rel=1e-12)
+    assert torch.linalg.svdvals(matrix(layer, 2, 6, 6)).max() <= layer.lipschitz() + 1e-12 <= 1 + 1e-11
 
 
 def test_a_filter_within_the_norm_is_left_alone_and_a_larger_one_scaled_to_it() -> None:
@@ -217,6 +252,12 @@ def test_a_filter_within_the_norm_is_left_alone_and_a_larger_one_scaled_to_it() 
     picture = torch.randn(1, 2, 4, 4, dtype=torch.float64)
     assert torch.equal(zero(picture), picture)
     assert zero.lipschitz() == 1.0
+
+
+@pytest.mark.parametrize("normalizer", ["symbol", "reshapes"])
+def test_gradients_of_the_scale_are_those_of_finite_differences(normalizer: str) -> None:
+    layer = SkewOrthogonalConv2d(2, 2, normalizer=normalizer, bias=False).double()
+    assert torch.autograd.gradcheck(layer._operator_of, (torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True),))
 
 
 @pytest.mark.parametrize("padding_mode", PADDINGS)
