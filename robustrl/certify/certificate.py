@@ -118,6 +118,7 @@ class Certificate(ABC):
             CertificateError: if a field is missing, unknown, of the wrong type or out of range, or the file was edited;
                 the message names the file and the field.
         """
+        import robustrl.certify.deterministic
         import robustrl.certify.episode
         import robustrl.certify.radius
         import robustrl.certify.safe_set  # noqa: F401  (all kinds register themselves)

@@ -1,0 +1,190 @@
+"""Certificates of deterministic policies: what no attacker can push their episodes below, without noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from robustrl.certify.deterministic import METHODS, DeterministicCertificate
+from robustrl.certify.explored import Accounting, Floats
+from robustrl.certify.lipschitz import LipschitzScores
+from robustrl.envs.bounds import known_return_bounds
+from robustrl.envs.recipe import EnvRecipe, find_spec
+from robustrl.envs.units import frame_units, in_frame_units
+from robustrl.errors import check_alpha, check_choice, check_count, check_finite_array, check_real
+from robustrl.policy import PolicyView
+from robustrl.rollouts.collect import check_actions
+from robustrl.rollouts.engines import refuse_unseeded
+from robustrl.rollouts.executor import build, one_thread
+from robustrl.rollouts.identity import identity
+from robustrl.rollouts.progress import progress_bar as bar
+from robustrl.rollouts.tree import Search, explore
+from robustrl.seeding import chunk_seeds, slot_seeds
+from robustrl.threat import ThreatModel
+
+CHUNK = 4096
+"""Episodes per branch of the seed tree."""
+REWARDS: dict[str, float] = {
+    "gymnasium.envs.classic_control.cartpole:CartPoleEnv": 1.0,
+    "gymnasium.envs.classic_control.acrobot:AcrobotEnv": -1.0,
+    "gymnasium.envs.classic_control.mountain_car:MountainCarEnv": -1.0,
+    "gymnasium.envs.toy_text.frozen_lake:FrozenLakeEnv": 0.0,
+    "gymnasium.envs.toy_text.cliffwalking:CliffWalkingEnv": -100.0,
+    "gymnasium.envs.toy_text.taxi:TaxiEnv": -10.0,
+}
+"""Least reward of a step of Gymnasium's own environments with their default arguments, by entry point."""
+
+
+def certify_deterministic(
+    model: Any,
+    env: Any,
+    budgets: ArrayLike | ThreatModel | Sequence[ThreatModel],
+    *,
+    per: Literal["step", "episode"] = "step",
+    norm: float = 2,
+    method: str = "tree",
+    episodes: int = 100,
+    alpha: float = 0.05,
+    nodes: int = 10_000,
+    reward_low: float | None = None,
+    never_ends_early: bool = False,
+    seed: int = 0,
+    progress_bar: bool = False,
+) -> DeterministicCertificate:
+    """Bound the return of a deterministic policy under every attacker of its observations, from its Lipschitz constant.
+
+    The attacker may know all there is to know, future random numbers included. Noise in the recipe is left out: greedy actions of the bare
+    policy are certified.
+
+    Args:
+        model: SB3 model or `PolicyView` with discrete actions, whose network has a known constant (`LipschitzScores.of`), for example a
+            DQN on `LipschitzMLP` features.
+        env: anything `EnvRecipe.of` takes.
+        budgets: in units of the frames as attackers meet them, a number or shape (K,); or threat models, all of one kind.
+        per: "step": every frame changes by at most the budget; "episode": the root of the sum of squared changes (norm 1: their sum).
+        norm: 1, 2 or inf ("step" only).
+        method: "tree" (search in copies of the environment), "prefix" or "constancy" (the clean episode alone; no copies).
+        episodes: number of episodes, fixed beforehand.
+        alpha: failure probability of `values`; `bounds` of the episodes played are certain.
+        nodes: most states of one episode's tree. What is left counts as the worst that `reward_low` allows.
+        reward_low: sure lower bound of the reward of a step; default what is known of Gymnasium's own environments.
+        never_ends_early: whether every episode has all its steps, whatever happens: then a positive `reward_low` counts for those to come.
+        seed: root of the environment's randomness.
+        progress_bar: show a bar with an ETA.
+    Returns:
+        DeterministicCertificate.
+    Raises:
+        TypeError: if no Lipschitz constant of the network is known.
+        ValueError: for bad arguments, an environment that cannot be copied, or one that breaks `reward_low` or `never_ends_early`.
+    """
+    check_choice("method", method, METHODS)
+    check_count("episodes", episodes)
+    check_count("nodes", nodes)
+    check_alpha(alpha)
+    if type(never_ends_early) is not bool:
+        raise TypeError(f"never_ends_early must be a bool, got {never_ends_early!r}")
+    recipe = replace(EnvRecipe.of(env), noise=None)
+    policy = recipe.view(model)
+    check_actions(policy, recipe)
+    grid, per, norm, threat = _limits(budgets, per, norm, recipe)
+    accounting = Accounting(per, norm, recipe.frame_stack, recipe.stack_padding)
+    low = known_reward_low(recipe) if reward_low is None else check_real("reward_low", reward_low)
+    if low is None:
+        raise ValueError(f"reward_low must be given: no sure lower bound of the reward of a step is known for {recipe.label}")
+    rest = low if never_ends_early else min(low, 0.0)
+    search = make_search(policy, recipe, accounting, grid, rest=rest, reward_low=low, nodes=nodes if method == "tree" else 0)
+    refuse_unseeded(recipe)
+    seeds = episode_seeds(seed, episodes)
+    with one_thread(), bar("search", episodes, visible=progress_bar) as advance:
+        evidence = explore(search, seeds, advance)
+    return DeterministicCertificate.of(
+        evidence,
+        method=method,
+        accounting=accounting,
+        budgets=grid,
+        alpha=alpha,
+        horizon=recipe.horizon,
+        reward_low=low,
+        return_low=sure_return(recipe, rest),
+        never_ends_early=never_ends_early,
+        threat=threat,
+        provenance={
+            "policy_hash": policy.fingerprint(),
+            "recipe": recipe.to_dict(),
+            "code": [identity(part) for part in (recipe.factory, *recipe.wrappers) if part is not None],
+            "env": recipe.label,
+            "units": frame_units(recipe),
+            "seed": seed,
+            "nodes": nodes,
+            "versions": dict(build()),
+            "device": policy.device.type,
+        },
+    )
+
+
+def make_search(
+    policy: PolicyView,
+    recipe: EnvRecipe,
+    accounting: Accounting,
+    budgets: Floats,
+    *,
+    rest: float,
+    reward_low: float,
+    nodes: int,
+) -> Search:
+    """A search with the costs of the policy's own network."""
+    costs = partial(LipschitzScores.of(policy).costs, norm=accounting.cost_norm)
+    return Search(recipe, policy.for_inference(), costs, accounting, budgets, rest, reward_low, nodes)
+
+
+def episode_seeds(seed: int, episodes: int) -> NDArray[np.int64]:
+    """Seeds of the environment, all different, (episodes,)."""
+    sizes = [min(CHUNK, episodes - start) for start in range(0, episodes, CHUNK)]
+    parts = [slot_seeds(chunk_seeds(seed, chunk).environment, size) for chunk, size in enumerate(sizes)]
+    return np.concatenate(parts).astype(np.int64)
+
+
+def known_reward_low(recipe: EnvRecipe) -> float | None:
+    """Least reward of a step whatever the agent does, or None where nothing is known; wrappers and arguments make it unknown."""
+    if recipe.env_id is None or recipe.wrappers or recipe.env_kwargs:
+        return None
+    spec = find_spec(recipe.env_id)
+    if spec.entry_point == "robustrl.envs.atari:make_atari":
+        return known_return_bounds(recipe)[0]  # 0 or -1, of single rewards too: of one round only the last one counts
+    if spec.additional_wrappers or not isinstance(spec.entry_point, str):
+        return None
+    return REWARDS.get(spec.entry_point)
+
+
+def sure_return(recipe: EnvRecipe, rest: float) -> float:
+    """Sure lower bound of an episode's return: the better one of what is known of it, and of the rewards of its steps."""
+    known = known_return_bounds(recipe)[0]
+    each = recipe.horizon * rest
+    return each if known is None else max(known, each)
+
+
+def _limits(
+    budgets: Any, per: Any, norm: Any, recipe: EnvRecipe
+) -> tuple[Floats, Literal["step", "episode"], float, dict[str, Any] | None]:
+    """Budgets in frame units, what they are per and in which norm, and the threat models that they stand for."""
+    threats = [budgets] if isinstance(budgets, ThreatModel) else budgets
+    if not isinstance(threats, list | tuple) or not any(isinstance(one, ThreatModel) for one in threats):
+        grid = np.atleast_1d(check_finite_array("budgets", budgets))
+        if grid.min() < 0:
+            raise ValueError(f"budgets must be >= 0, got {grid.min()}")
+        return grid, per, norm, None
+    if not all(isinstance(one, ThreatModel) for one in threats):
+        raise TypeError("budgets must be numbers or ThreatModels, got a mixture of both")
+    here = [in_frame_units(one, recipe, covering=True) for one in threats]
+    kinds = {(one.norm, one.episode is None) for one in here}
+    if len(kinds) > 1 or any(one.norm == 0 for one in here):
+        raise ValueError("budgets must be ThreatModels of one norm, 1, 2 or inf, all per step or all per episode")
+    ((norm, steps),) = kinds
+    grid = check_finite_array("budgets", [one.step if steps else one.episode for one in here])
+    stated = {"converted_from": [one.to_dict() for one in threats], "in_frame_units": [one.to_dict() for one in here]}
+    return grid, cast(Literal["step", "episode"], "step" if steps else "episode"), norm, stated
