@@ -58,6 +58,18 @@ Alpha = Annotated[float, typer.Option(help="Failure probability of everything th
 Out = Annotated[Path | None, typer.Option(help="Folder for results; default the run directory, or runs/<name of the zip>.")]
 PolicyKwargs = Annotated[str | None, typer.Option(help="policy_kwargs of the model as JSON, where the file does not say.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Load the pickles in the model file: runs code stored in it.")]
+Network = Annotated[
+    str | None,
+    typer.Option(
+        help="mlp (Stable-Baselines3's own), lipschitz-mlp or lipschitz-cnn (pictures); the last two are certified without noise."
+    ),
+]
+Activation = Annotated[
+    str | None,
+    typer.Option(
+        help="NAME or NAME:SETTING: swish:BETA, softplus:BETA, gelu, mish, ..., relu, leaky_relu:SLOPE; of a Lipschitz network maxmin or householder."
+    ),
+]
 Stochastic = Annotated[bool, typer.Option("--stochastic", help="Sample actions instead of taking the greedy one.")]
 
 

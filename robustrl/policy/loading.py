@@ -7,7 +7,9 @@ matched against a list of known names. What cannot be rebuilt ends in an error t
 
 from __future__ import annotations
 
+import ast
 import copy
+import functools
 import importlib
 import inspect
 import io
@@ -48,6 +50,8 @@ _SB3_CLASSES = (
     "robustrl.networks.extractors.LipschitzCNN",
 )
 """Imported when a file names them."""
+_RECIPE = re.compile(r"functools\.partial\(<class 'robustrl\.networks\.activations\.(SmoothActivation|LeakyReLU)'>, (.*)\)")
+"""What `robustrl.networks.activation` returns, as text."""
 
 _NO_BUFFER: dict[str, Any] = {
     "buffer_size": 1,
@@ -312,10 +316,27 @@ def _known_text(path: Path, key: str, value: Any) -> Any:
     if match and match.group(1) in _SB3_CLASSES:
         module, _, name = match.group(1).rpartition(".")
         return getattr(importlib.import_module(module), name)
+    recipe = _RECIPE.fullmatch(value)
+    found = None if recipe is None else _activation(*recipe.groups())
+    if found is not None:
+        return found
     raise UnsafeModelError(
         f"{path}: policy_kwargs[{key!r}] = {value!r} is stored as a pickle and is not a known name; "
         "pass --policy-kwargs (policy_kwargs=), or --trust for a file of your own"
     )
+
+
+def _activation(name: str, arguments: str) -> Any:
+    """A recipe for an activation, or None unless its arguments are literals; what they mean is checked when it is used."""
+    try:
+        call = ast.parse(f"f({arguments})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        settings = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        values = [ast.literal_eval(value) for value in call.args]
+    except (*_UNFIT, SyntaxError, RecursionError):
+        return None
+    kind = getattr(importlib.import_module("robustrl.networks.activations"), name)
+    return functools.partial(kind, *values, **settings)
 
 
 def _given(path: Path, policy_kwargs: dict[str, Any] | None) -> dict[str, Any]:

@@ -7,28 +7,36 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 
-from robustrl.attacks import Attack, RandomNoise
+from robustrl.attacks import ActionDeviation, Attack, GradientAttack, Margin, RandomNoise
 from robustrl.envs.chain import check_replay
 from robustrl.envs.hosts import set_victim
 from robustrl.envs.recipe import EnvRecipe, make_vec_env, wrap_vec_env
-from robustrl.errors import check_count
+from robustrl.envs.units import frame_units
+from robustrl.errors import check_choice, check_count
 from robustrl.files import write_atomically
 from robustrl.policy import Normalization
 from robustrl.policy.loading import ACTING_AS, algorithm_class, algorithm_name
 from robustrl.rollouts.executor import build, one_thread
 from robustrl.rollouts.progress import progress_bar as rollout_bar
 from robustrl.threat import ThreatModel
+from robustrl.training.architecture import architecture
 from robustrl.training.presets import Preset, preset_for
 from robustrl.training.run_files import RunInfo
+
+if TYPE_CHECKING:
+    from robustrl.training.robust.evaluation import Kept, RobustEvalCallback
 
 OFF_POLICY = ("dqn", "sac", "td3", "ddpg", "sa_dqn")
 ROBUST = {"epsilon", "kappa", "norm", "loss", "epsilon_schedule"}
 """What `SAPPO` and `SADQN` take beside PPO's and DQN's arguments."""
+SOLVERS = ("fgsm-rs", "n-fgsm", "pgd")
+EVALUATIONS = 20
+"""Of a robust training, at equal distances."""
 ACTIONS: dict[str, Any] = {
     "dqn": spaces.Discrete,
     "sa_dqn": spaces.Discrete,
@@ -50,6 +58,9 @@ def train(
     hyperparameters: Mapping[str, Any] | None = None,
     attack: Attack | Literal["learned"] | None = None,
     threat: ThreatModel | None = None,
+    robust: str | None = None,
+    network: str | None = None,
+    activation: str | None = None,
     progress_bar: bool = False,
     verbose: int = 0,
 ) -> Any:
@@ -74,6 +85,12 @@ def train(
         attack: adversarial training: every observation is attacked before the noise. "learned" is ATLA: an adversary that learns in turns
             with the agent, on-policy algorithms only. Certificates and reports are about the environment without it.
         threat: its budget; units="normalized" where the observations are.
+        robust: "fgsm-rs", "n-fgsm" or "pgd": algo "ppo" becomes "sa_ppo" and "dqn" "sa_dqn", whose term this attack maximises within the
+            hyper-parameter epsilon; and the weights are kept that have the best worst mean return of episodes without an attack and under
+            PGD within epsilon, of 20 evaluations on the way. `model.zip` holds them, `model-last.zip` (and `normalization-last.npz`)
+            what training ended with.
+        network: "mlp", "lipschitz-mlp" or "lipschitz-cnn"; see `robustrl.training.architecture`.
+        activation: NAME or NAME:SETTING, e.g. "swish:4"; see there.
         progress_bar: show a bar with an ETA.
         verbose: SB3's verbosity.
     Returns:
@@ -85,6 +102,8 @@ def train(
     from stable_baselines3.common.logger import configure
 
     recipe, algo = EnvRecipe.of(env), algorithm_name(algo)
+    if robust is not None:
+        algo = _robust_algorithm(algo, check_choice("robust", robust, SOLVERS))
     kind, folder = _learner(algo), Path(out)
     if (folder / "model.zip").exists():
         raise FileExistsError(f"{folder} already holds a model; choose another --out, or delete it")
@@ -93,7 +112,13 @@ def train(
         raise ValueError(f"{algo} needs a {wanted.__name__} action space, but {recipe.label} takes {recipe.action_space}")
     preset = preset_for(recipe.env_id)
     steps = check_count("timesteps", preset.timesteps if timesteps is None else timesteps)
-    arguments = {**preset.arguments(algo), **(hyperparameters or {})}
+    given = dict(hyperparameters or {})
+    arguments = {**preset.arguments(algo), **given} | ({} if robust is None else {"loss": robust})
+    built = architecture(algo, network, activation)
+    if twice := ", ".join(sorted(built.keys() & given.get("policy_kwargs", {}).keys())):
+        raise ValueError(f"hyperparameters must not set {twice} in policy_kwargs beside network and activation, which do")
+    if "loss" in given and robust is not None:
+        raise ValueError("robust and the hyper-parameter loss exclude each other: both say what maximises the term")
     if algo not in ACTING_AS and (odd := ", ".join(sorted(ROBUST & arguments.keys()))):
         raise ValueError(
             f"{odd}: only the algorithms sa_ppo and sa_dqn take this (--algo sa-ppo), got algo {algo}; "
@@ -104,6 +129,7 @@ def train(
             f"attack 'learned' needs an algorithm with rollouts (ppo, a2c, recurrent_ppo, sa_ppo), got algo {algo}"
         )
     written = copy.deepcopy(arguments)  # SB3 writes into the policy_kwargs that it is given
+    written |= {name: value for name, value in (("network", network), ("activation", activation)) if value is not None}
     side_by_side = preset.env.get("n_envs", 1) if n_envs is None else n_envs
     learns = recipe.normalization is None and (preset.normalize if normalize is None else normalize)
     if (attack is None) != (threat is None):
@@ -113,8 +139,8 @@ def train(
     if algo in OFF_POLICY:
         check_replay(venv)
     name, policy_kwargs = policy_for(venv.observation_space, algo)
-    if policy_kwargs:
-        arguments["policy_kwargs"] = policy_kwargs | arguments.get("policy_kwargs", {})
+    if policy_kwargs or built:
+        arguments["policy_kwargs"] = policy_kwargs | arguments.get("policy_kwargs", {}) | built
     # Networks this small only lose time to a second thread, and the weights would depend on the number of threads.
     with one_thread():
         model = kind(name, venv, seed=seed, verbose=verbose, **arguments)
@@ -128,9 +154,22 @@ def train(
             callbacks: list[BaseCallback] = [_Advance(advance)]
             if attack == "learned" and threat is not None:
                 callbacks.append(_adversary(recipe, threat, preset, side_by_side))
+            watch = None if robust is None else _watch(recipe, model, normalizer is not None, steps)
+            if watch is not None:
+                callbacks.append(watch)
             model.learn(steps, callback=callbacks)
+        if watch is not None:
+            watch.evaluate()
+            model.logger.dump(model.num_timesteps)
     if normalizer is not None:
         recipe = replace(recipe, normalization=Normalization.of(normalizer))
+    if watch is not None and watch.kept is not None:
+        written["robust"] = {
+            "kept": "best",
+            "timesteps": watch.kept.timesteps,
+            "worst_mean_return": watch.kept.worst_mean_return,
+        }
+        recipe = _keep_best(model, recipe, watch.kept, folder)
     if attack is not None and threat is not None:
         written["attack"] = {"attack": attack if isinstance(attack, str) else attack.to_dict(), "threat": threat.to_dict()}
     RunInfo(algo, recipe.to_dict(), int(seed), steps, written, dict(build())).save(folder)
@@ -145,6 +184,36 @@ def _learner(algo: str) -> Any:
     from robustrl.training import robust
 
     return {"sa_ppo": robust.SAPPO, "sa_dqn": robust.SADQN}[algo]
+
+
+def _robust_algorithm(algo: str, robust: str) -> str:
+    """The algorithm with a robustness term that is based on another."""
+    found = {base: name for name, base in ACTING_AS.items()}.get(algo, algo)
+    if found not in ACTING_AS:
+        raise ValueError(f"robust {robust!r} needs algo ppo, dqn, sa_ppo or sa_dqn, got {algo}; or train it behind an attack")
+    return found
+
+
+def _watch(recipe: EnvRecipe, model: Any, normalized: bool, steps: int) -> RobustEvalCallback:
+    """Evaluations under the attack that the term is about."""
+    from robustrl.training.robust import RobustEvalCallback
+    from robustrl.training.robust.neighbourhood import check_epsilon
+
+    threat = check_epsilon(model.epsilon, model.norm)
+    if not isinstance(model.epsilon, ThreatModel):
+        threat = replace(threat, units="normalized" if normalized else frame_units(recipe))
+    attack = GradientAttack(Margin() if isinstance(recipe.action_space, spaces.Discrete) else ActionDeviation())
+    return RobustEvalCallback(recipe, {"pgd": (attack, threat)}, every=max(1, steps // EVALUATIONS), seed=model.seed)
+
+
+def _keep_best(model: Any, recipe: EnvRecipe, kept: Kept, folder: Path) -> EnvRecipe:
+    """Put the last model aside and give it its best weights; returns the recipe with what normalised observations then."""
+    save_model(model, folder / "model-last.zip")
+    model.policy.load_state_dict(kept.weights)
+    if kept.normalization is None or recipe.normalization is None or kept.normalization == recipe.normalization:
+        return recipe
+    recipe.normalization.save(folder / "normalization-last.npz")
+    return replace(recipe, normalization=kept.normalization)
 
 
 def policy_for(space: spaces.Space[Any], algo: str) -> tuple[str, dict[str, Any]]:

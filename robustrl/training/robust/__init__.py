@@ -3,6 +3,7 @@
 from robustrl.training.robust.algorithms import SADQN, SAPPO
 from robustrl.training.robust.atla import ATLA
 from robustrl.training.robust.evaluation import RobustEvalCallback
+from robustrl.training.robust.fast import Fast
 from robustrl.training.robust.metrics import estimate_certified_actions, estimate_greedy_worst_case
 from robustrl.training.robust.neighbourhood import IBP, Ascent, Neighbourhood, Solver
 from robustrl.training.robust.regularizers import (
@@ -25,6 +26,7 @@ __all__ = [
     "Ascent",
     "Consistency",
     "Constant",
+    "Fast",
     "Linear",
     "Margin",
     "Minibatch",

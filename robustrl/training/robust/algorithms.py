@@ -24,14 +24,18 @@ from robustrl.errors import check_choice, check_real, with_type
 from robustrl.policy import PolicyView
 from robustrl.seeding import torch_generator
 from robustrl.threat import ThreatModel
+from robustrl.training.robust.fast import Fast
 from robustrl.training.robust.neighbourhood import IBP, Ascent, Neighbourhood, check_epsilon
 from robustrl.training.robust.regularizers import Minibatch, Overlap, Regularizer, StateAdversarial, WorstSurrogate
 from robustrl.training.robust.schedules import SCHEDULES, Schedule
 from robustrl.training.robust.views import view_of
+from robustrl.training.supervised.attacks import FGSMRS, NFGSM
 
 STATE_ADVERSARIAL: Mapping[str, Regularizer] = {
     "sgld": StateAdversarial(Ascent(steps=10, rate=1.0, temperature=1e-5)),
     "pgd": StateAdversarial(Ascent(steps=10)),
+    "fgsm-rs": StateAdversarial(Fast(FGSMRS())),
+    "n-fgsm": StateAdversarial(Fast(NFGSM())),
     "ibp": StateAdversarial(IBP()),
 }
 
@@ -167,7 +171,7 @@ class SAPPO(_Robust, PPO):
             ones behind a VecNormalize, grey levels for byte images), or a `ThreatModel` with `step`.
         kappa: weight of the term. SA-PPO's authors use 0.1 for MuJoCo.
         norm: of a plain epsilon: inf (the default), 2 or 1.
-        loss: "sgld" or "pgd" (largest change of the policy, by gradient ascent), "ibp" (an upper bound of it), "radial", or a
+        loss: "sgld" or "pgd" (largest change of the policy, by gradient ascent), "fgsm-rs" or "n-fgsm" (by a single step), "ibp" (an upper bound of it), "radial", or a
             `Regularizer`.
         epsilon_schedule: factor of epsilon, a function of SB3's `progress_remaining`; "linear" (the default: from 0 to 1 in the first
             three quarters of training), "smoothed", "constant", or e.g. `Smoothed(0.25, 0.9)`.
@@ -240,7 +244,7 @@ class SADQN(_Robust, DQN):
         args, kwargs: of DQN.
         epsilon, norm, epsilon_schedule: as for `SAPPO`.
         kappa: weight of the term; SA-DQN's authors use 0.005 to 0.02 for Atari.
-        loss: "sgld", "pgd" (the lead of another action, by gradient ascent), "ibp" (an upper bound of it), "radial" (overlap of
+        loss: "sgld", "pgd" (the lead of another action, by gradient ascent), "fgsm-rs", "n-fgsm" (by a single step), "ibp" (an upper bound of it), "radial" (overlap of
             bounds), or a `Regularizer`.
     Raises:
         ValueError: for bad arguments, or a space for which the term has no meaning.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
+from torch import Tensor
 
 from robustrl.attacks.base import Attack
 from robustrl.envs.hosts import as_learner_sees
@@ -16,9 +19,27 @@ from robustrl.envs.recipe import EnvRecipe
 from robustrl.envs.units import in_frame_units
 from robustrl.errors import check_count
 from robustrl.files import write_atomically
+from robustrl.policy import Normalization
 from robustrl.rollouts.collect import collect, make_job
 from robustrl.threat import ThreatModel
 from robustrl.training.train import save_model
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The best of a training so far.
+
+    Attributes:
+        timesteps: environment steps by then.
+        worst_mean_return: of all evaluations without and under attacks.
+        weights: `state_dict` of the whole policy, target networks included.
+        normalization: of the observations, learned by then; None if there was none.
+    """
+
+    timesteps: int
+    worst_mean_return: float
+    weights: dict[str, Tensor]
+    normalization: Normalization | None
 
 
 class RobustEvalCallback(BaseCallback):
@@ -38,6 +59,7 @@ class RobustEvalCallback(BaseCallback):
         seed: of the episodes.
 
     Attributes:
+        kept: the best weights themselves, in memory; None before the first evaluation.
         best_worst_case: the highest of the worst mean returns.
         history: (environment steps, mean return by name, "clean" among them) of every evaluation.
 
@@ -67,9 +89,13 @@ class RobustEvalCallback(BaseCallback):
         self.every, self.episodes = check_count("every", every), check_count("episodes", episodes)
         self.best = None if best is None else Path(best)
         self.deterministic, self.seed = deterministic, check_count("seed", seed, least=0)
-        self.best_worst_case = -math.inf
+        self.kept: Kept | None = None
         self.history: list[tuple[int, dict[str, float]]] = []
         self._due = self.every
+
+    @property
+    def best_worst_case(self) -> float:
+        return -math.inf if self.kept is None else self.kept.worst_mean_return
 
     def _on_training_start(self) -> None:
         self._due = self.num_timesteps + self.every
@@ -94,18 +120,18 @@ class RobustEvalCallback(BaseCallback):
         self.logger.record("robust_eval/worst", worst)
         self.history.append((self.num_timesteps, means))
         if worst > self.best_worst_case:
-            self.best_worst_case = worst
+            weights = copy.deepcopy(self.model.policy.state_dict())
+            self.kept = Kept(self.num_timesteps, worst, weights, recipe.normalization)
             if self.best is not None:
-                self._keep(recipe)
+                self._write(self.best, self.kept)
         self.logger.record("robust_eval/best_worst_case", self.best_worst_case)
         return means
 
-    def _keep(self, recipe: EnvRecipe) -> None:
-        assert self.best is not None
-        path = self.best if self.best.suffix == ".zip" else self.best / "model.zip"
+    def _write(self, best: Path, kept: Kept) -> None:
+        path = best if best.suffix == ".zip" else best / "model.zip"
         path.parent.mkdir(parents=True, exist_ok=True)
-        if recipe.normalization is not None:
-            recipe.normalization.save(path.parent / "normalization.npz")
-        steps = f'{{"timesteps": {self.num_timesteps}, "worst_mean_return": {self.best_worst_case}}}'
+        if kept.normalization is not None:
+            kept.normalization.save(path.parent / "normalization.npz")
+        steps = f'{{"timesteps": {kept.timesteps}, "worst_mean_return": {kept.worst_mean_return}}}'
         write_atomically(path.with_name("best.json"), steps.encode())
         save_model(self.model, path)
