@@ -101,7 +101,7 @@ def certify_images(
     found, y = np.asarray(images), np.asarray(labels)
     if found.dtype.kind != "f":
         raise TypeError(
-            f"images must be floats in the units of noise and radius, got {found.dtype}: scale them first (load_images does)"
+            f"images must be floats in the units of the noise (or radius), got {found.dtype}: scale them first (load_images does)"
         )
     x = check_finite_array("images", found)
     if x.ndim < 2 or y.shape != (len(x),) or y.dtype.kind not in "iu" or y.min() < 0:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from robustrl.errors import check_real
 from robustrl.networks.activations import FAMILIES, LeakyReLU, SmoothActivation
-from robustrl.networks.extractors import LipschitzCNN, LipschitzMLP
+from robustrl.networks.extractors import Contraction, LipschitzCNN, LipschitzMLP
 from robustrl.networks.skew_orthogonal import Householder, MaxMin, OrthogonalLinear, SkewOrthogonalConv2d
 
 UP = 1 + 1e-11
@@ -105,7 +105,7 @@ def _by_itself(layer: Any) -> list[Link]:
 
 for _kind in SLOPES:
     known.register(_kind, _by_slope)
-for _kind in (MaxMin, Householder, OrthogonalLinear, SkewOrthogonalConv2d, SmoothActivation, LeakyReLU):
+for _kind in (Contraction, MaxMin, Householder, OrthogonalLinear, SkewOrthogonalConv2d, SmoothActivation, LeakyReLU):
     known.register(_kind, _by_itself)
 
 

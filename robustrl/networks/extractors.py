@@ -16,14 +16,59 @@ from stable_baselines3.common.preprocessing import get_flattened_obs_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
-from robustrl.errors import check_choice, check_count
+from robustrl.errors import check_choice, check_count, check_positive
+from robustrl.networks.activations import FAMILIES, RELUS, Activation, activation
 from robustrl.networks.skew_orthogonal import Householder, MaxMin, OrthogonalLinear, SkewOrthogonalConv2d
 
-ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {"maxmin": lambda channels: MaxMin(), "householder": Householder}
+PAIRS: dict[str, Callable[[int], nn.Module]] = {"maxmin": lambda channels: MaxMin(), "householder": Householder}
+"""Activations that keep distances, of pairs of channels."""
+LARGEST_INPUT = 4096
+"""Entries of an observation that a `LipschitzMLP` takes: its first layer is the exponential of a matrix of that size squared."""
 
 
 class _Bounded(Protocol):
     def lipschitz(self) -> float: ...
+
+
+class Contraction(nn.Module):
+    """An activation over its largest slope: it moves nothing further apart.
+
+    Args:
+        curve: the activation.
+    """
+
+    def __init__(self, curve: Activation) -> None:
+        super().__init__()
+        self.curve, self.slope = curve, curve.lipschitz()
+
+    def lipschitz(self) -> float:
+        """1, unless somebody changed the slope."""
+        return self.curve.lipschitz() / self.slope
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return cast(Tensor, self.curve(inputs)) / self.slope
+
+
+def between(text: str) -> Callable[[int], nn.Module]:
+    """A recipe for what goes between layers, from the number of channels.
+
+    Args:
+        text: "maxmin" or "householder", which keep distances; or a name of `robustrl.networks.activation`, which is divided by its
+            largest slope, with its beta (slope of "leaky_relu") after a colon if not the default: "swish", "swish:4".
+    Raises:
+        ValueError: for an unknown name or a bad setting.
+    """
+    name, colon, setting = text.partition(":")
+    check_choice("activation", name, (*PAIRS, *FAMILIES, *RELUS))
+    if name in PAIRS:
+        check_choice("activation", text, tuple(PAIRS))
+        return PAIRS[name]
+    try:
+        value = check_positive("activation", float(setting)) if colon else None
+    except ValueError:
+        raise ValueError(f"activation must be NAME or NAME:NUMBER with a number > 0, got {text!r}") from None
+    curve = activation(name, slope=value) if name == "leaky_relu" else activation(name, beta=value)
+    return lambda channels: Contraction(curve())
 
 
 class LipschitzExtractor(BaseFeaturesExtractor):
@@ -58,15 +103,15 @@ class LipschitzExtractor(BaseFeaturesExtractor):
 
 
 class LipschitzMLP(LipschitzExtractor):
-    """Orthogonal linear layers with norm-preserving activations between and after them; observations are flattened.
+    """Orthogonal linear layers with activations between and after them; observations are flattened.
 
     Use: `policy_kwargs=dict(features_extractor_class=rrl.LipschitzMLP, net_arch=[])`; with PPO and A2C also
     `share_features_extractor=False`, or the critic's loss shapes the features, and a larger learning rate than for plain networks.
 
     Args:
-        observation_space: any that Stable-Baselines3 flattens.
+        observation_space: any that Stable-Baselines3 flattens, of at most 4096 entries.
         widths: of the layers, even; widening layers keep distances, narrowing ones keep gradients.
-        activation: "maxmin" or "householder".
+        activation: see `between`; those of pairs keep norms.
     Raises:
         ValueError: if an argument is out of range.
     """
@@ -74,8 +119,13 @@ class LipschitzMLP(LipschitzExtractor):
     def __init__(
         self, observation_space: gym.Space[Any], widths: Sequence[int] = (64, 64), *, activation: str = "maxmin"
     ) -> None:
-        act = ACTIVATIONS[check_choice("activation", activation, tuple(ACTIVATIONS))]
+        act = between(activation)
         sizes, layers = [get_flattened_obs_dim(observation_space)], list[nn.Module]()
+        if sizes[0] > LARGEST_INPUT:
+            raise ValueError(
+                f"observation_space must have at most {LARGEST_INPUT} entries, got {sizes[0]}: take LipschitzCNN for pictures, or fewer "
+                "pixels"
+            )
         for width in _even("widths", widths):
             layers += [OrthogonalLinear(sizes[-1], width), act(width)]
             sizes.append(width)
@@ -87,7 +137,7 @@ class LipschitzMLP(LipschitzExtractor):
 
 
 class LipschitzCNN(LipschitzExtractor):
-    """Skew orthogonal convolutions with norm-preserving activations between and after them, flat at the end.
+    """Skew orthogonal convolutions with activations between and after them, flat at the end.
 
     Use: `policy_kwargs=dict(features_extractor_class=rrl.LipschitzCNN, net_arch=[])`.
 
@@ -96,7 +146,7 @@ class LipschitzCNN(LipschitzExtractor):
         channels: of the layers, even. Where channels[i] <= channels[i - 1] * strides[i]^2 gradients keep their norm.
         strides: of the layers.
         kernel_size: odd; of the pictures after the stride.
-        activation: "maxmin" or "householder".
+        activation: see `between`; those of pairs keep norms.
         padding_mode, terms, max_norm, checkpoint: see `SkewOrthogonalConv2d`.
     Raises:
         ValueError: if an argument is out of range or the space is no Box of three axes.
@@ -117,7 +167,7 @@ class LipschitzCNN(LipschitzExtractor):
     ) -> None:
         if not isinstance(observation_space, spaces.Box) or len(observation_space.shape) != 3:
             raise ValueError(f"observation_space must be a Box of (channels, height, width), got {observation_space}")
-        act = ACTIVATIONS[check_choice("activation", activation, tuple(ACTIVATIONS))]
+        act = between(activation)
         inputs, height, width = observation_space.shape
         if len(channels) != len(strides):
             raise ValueError(f"strides must have one entry per entry of channels, got {len(strides)} for {len(channels)}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import robustrl as rrl
 from robustrl.networks import OrthogonalLinear, SkewOrthogonalConv2d
-from robustrl.networks.extractors import LipschitzExtractor
+from robustrl.networks.extractors import LipschitzExtractor, between
 
 VECTORS = spaces.Box(-np.inf, np.inf, (4,), np.float32)
 PICTURES = spaces.Box(0, 255, (2, 9, 7), np.uint8)
@@ -28,6 +28,8 @@ BUILD: dict[str, Callable[[], LipschitzExtractor]] = {
     "mlp": lambda: rrl.LipschitzMLP(VECTORS, (12, 8)),
     "householder mlp": lambda: rrl.LipschitzMLP(VECTORS, (8, 8, 6), activation="householder"),
     "cnn": lambda: rrl.LipschitzCNN(PICTURES, (8, 6), (2, 2)),
+    "swish mlp": lambda: rrl.LipschitzMLP(VECTORS, (8, 6), activation="swish:4"),
+    "lisht cnn": lambda: rrl.LipschitzCNN(PICTURES, (8, 6), (2, 2), activation="lisht"),
     "circular cnn": lambda: rrl.LipschitzCNN(
         PICTURES, (8, 6), (2, 1), activation="householder", padding_mode="circular", terms=4
     ),
@@ -254,7 +256,15 @@ def test_the_default_picture_network_takes_atari_frames() -> None:
     [
         (lambda: rrl.LipschitzMLP(VECTORS, (64, 7)), "widths must be one or more even numbers"),
         (lambda: rrl.LipschitzMLP(VECTORS, ()), "widths must be one or more even numbers"),
-        (lambda: rrl.LipschitzMLP(VECTORS, activation="relu"), "activation must be one of 'maxmin', 'householder'"),
+        (lambda: rrl.LipschitzMLP(VECTORS, activation="swsh"), "activation must be one of 'maxmin', 'householder', 'swish'"),
+        (lambda: rrl.LipschitzMLP(VECTORS, activation="maxmin:2"), "activation must be one of 'maxmin', 'householder'"),
+        (lambda: rrl.LipschitzMLP(VECTORS, activation="swish:"), "activation must be NAME or NAME:NUMBER"),
+        (lambda: rrl.LipschitzMLP(VECTORS, activation="swish:nan"), "activation must be NAME or NAME:NUMBER with a number > 0"),
+        (lambda: rrl.LipschitzMLP(VECTORS, activation="relu:2"), "beta and learnable must be left out for 'relu'"),
+        (
+            lambda: rrl.LipschitzMLP(spaces.Box(0, 255, (4, 84, 84), np.uint8)),
+            "at most 4096 entries, got 28224: take LipschitzCNN",
+        ),
         (lambda: rrl.LipschitzCNN(VECTORS), r"observation_space must be a Box of \(channels, height, width\)"),
         (lambda: rrl.LipschitzCNN(PICTURES, (3,), (2,)), "channels must be one or more even numbers"),
         (lambda: rrl.LipschitzCNN(PICTURES, (4, 4), (2,)), "strides must have one entry per entry of channels, got 1 for 2"),
@@ -265,6 +275,18 @@ def test_the_default_picture_network_takes_atari_frames() -> None:
 def test_bad_settings_are_refused(build: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_activations_between_layers_are_divided_by_their_largest_slope() -> None:
+    """A slope of 1 is reached, and none above it."""
+    x = torch.linspace(-9, 9, 100_001, dtype=torch.float64)[:, None]
+    for text in ("swish", "swish:4", "gelu:0.5", "lisht", "sigmoid", "bent_identity:3", "leaky_relu:0.1", "relu"):
+        layer = between(text)(2).double()
+        y = layer(x)
+        steepest = float(((y[1:] - y[:-1]) / (x[1:] - x[:-1])).abs().max())
+        assert steepest == pytest.approx(1, rel=2e-2 if text.startswith("bent") else 1e-3), text
+        assert steepest <= 1 + 1e-9
+        assert layer.lipschitz() == 1
 
 
 @pytest.mark.parametrize("algorithm", [DQN, PPO])

@@ -1,0 +1,196 @@
+"""Constants of layers: no Jacobian is larger, and what is not known is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from robustrl.networks import (
+    Householder,
+    LipschitzCNN,
+    LipschitzMLP,
+    MaxMin,
+    OrthogonalLinear,
+    SkewOrthogonalConv2d,
+    activation,
+)
+from robustrl.networks.activations import FAMILIES
+from robustrl.networks.constants import Link, chain, constant
+
+PICTURES = gym.spaces.Box(0, 1, (2, 6, 6), np.float32)
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(5, 3), (5,)),
+    "rows of a picture": (lambda: nn.Linear(5, 3), (4, 5)),
+    "convolution": (lambda: nn.Conv2d(2, 3, 3, padding=1), (2, 6, 5)),
+    "stride": (lambda: nn.Conv2d(2, 3, 3, stride=2), (2, 6, 5)),
+    "dilation": (lambda: nn.Conv2d(2, 3, (3, 2), dilation=2, padding="same"), (2, 6, 5)),
+    "groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=2), (4, 5, 5)),
+    "in time": (lambda: nn.Conv1d(4, 2, 4, groups=2, stride=2), (4, 9)),
+    "max pooling": (lambda: nn.MaxPool2d(2, stride=3, padding=1, ceil_mode=True), (2, 6, 5)),
+    "average pooling": (lambda: nn.AvgPool2d(2, padding=1, ceil_mode=True, count_include_pad=False), (2, 6, 5)),
+    "maxmin": (MaxMin, (6,)),
+    "householder": (lambda: Householder(6), (6,)),
+    "orthogonal": (lambda: OrthogonalLinear(4, 6), (4,)),
+    "skew orthogonal": (lambda: SkewOrthogonalConv2d(2, 4, stride=2), (2, 5, 5)),
+    "mlp": (lambda: LipschitzMLP(PICTURES, (6, 4), activation="swish:4"), (2, 6, 6)),
+    "cnn": (lambda: LipschitzCNN(PICTURES, (4,), (2,), activation="gelu"), (2, 6, 6)),
+    "flatten": (lambda: FlattenExtractor(PICTURES), (2, 6, 6)),
+    "identity": (nn.Identity, (3,)),
+    "leaky": (lambda: nn.LeakyReLU(-3.0), (5,)),
+    "elu": (lambda: nn.ELU(2.5), (5,)),
+    **{
+        kind.__name__: (kind, (5,))
+        for kind in (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Softsign, nn.Sigmoid, nn.SiLU, nn.Mish)
+    },
+    "gelu": (nn.GELU, (5,)),
+    **{f"our {name}": (activation(name, beta=3.0), (5,)) for name in FAMILIES},
+    "our leaky": (activation("leaky_relu"), (5,)),
+    "all of them": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4), nn.SiLU()), (2, 6, 6)),
+}
+
+
+def norm_of_jacobian(module: nn.Module, at: Tensor) -> float:
+    jacobian = torch.autograd.functional.jacobian(lambda x: module(x[None]).flatten(), at)
+    return float(torch.linalg.matrix_norm(jacobian.reshape(-1, at.numel()), 2))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_no_jacobian_is_larger_than_the_constant(name: str) -> None:
+    torch.manual_seed(0)
+    make, shape = LAYERS[name]
+    module = make().double()
+    upper = constant(chain(module))
+    found = [norm_of_jacobian(module, 2 * torch.randn(shape, dtype=torch.float64)) for _ in range(8)]
+    assert max(found) <= upper * (1 + 1e-12)
+    assert max(found) > 0.05 * upper
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_no_two_outputs_are_further_apart_than_the_constant_says(name: str) -> None:
+    torch.manual_seed(1)
+    make, shape = LAYERS[name]
+    module = make().double()
+    first, second = 3 * torch.randn(2, 500, *shape, dtype=torch.float64)
+    second[:250] = first[:250] + 1e-3 * second[:250]
+    with torch.no_grad():
+        moved = (module(first) - module(second)).flatten(1).norm(dim=1)
+    assert bool((moved <= constant(chain(module)) * (first - second).flatten(1).norm(dim=1) * (1 + 1e-9)).all())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_chain_computes_what_the_network_does(name: str) -> None:
+    torch.manual_seed(2)
+    make, shape = LAYERS[name]
+    module, x = make(), torch.randn(3, *shape)
+    found = x
+    with torch.no_grad():
+        for link in chain(module):
+            found = link.function(found)
+        torch.testing.assert_close(found, module(x), rtol=0, atol=0)
+
+
+def test_slopes_are_those_of_the_functions() -> None:
+    """Largest differences over a grid: no constant is given away either."""
+    x = torch.linspace(-9, 9, 200_001, dtype=torch.float64)[:, None]
+    for kind in (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, nn.Mish, nn.Softsign):
+        y = kind()(x)
+        steepest = float(((y[1:] - y[:-1]) / (x[1:] - x[:-1])).abs().max())
+        assert steepest == pytest.approx(constant(chain(kind())), rel=1e-3)
+
+
+def test_atari_networks_of_stable_baselines3_are_known() -> None:
+    network = NatureCNN(gym.spaces.Box(0, 255, (4, 84, 84), np.uint8))
+    assert len(chain(network)) == 9
+    assert 1 < constant(chain(network)) < 1e4
+
+
+class Twice(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Claims(nn.Module):
+    def __init__(self, claim: float) -> None:
+        super().__init__()
+        self.claim = claim
+
+    def lipschitz(self) -> float:
+        return self.claim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * x
+
+
+def hooked() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return layer
+
+
+def hooked_before() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    layer.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+    return layer
+
+
+def patched() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    layer.forward = lambda x: 2 * x  # type: ignore[method-assign]
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.LayerNorm(3), "no Lipschitz constant is known of layer LayerNorm"),
+        (lambda: nn.BatchNorm1d(3), "BatchNorm1d"),
+        (nn.Dropout, "Dropout"),
+        (lambda: nn.LSTM(3, 3), "LSTM"),
+        (lambda: nn.Softmax(-1), "Softmax"),
+        (lambda: Twice(3, 3), "Twice"),
+        (lambda: parametrizations.spectral_norm(nn.Linear(3, 3)), "ParametrizedLinear"),
+        (lambda: nn.Sequential(nn.ReLU(), nn.Sequential(nn.BatchNorm2d(2))), "BatchNorm2d"),
+        (hooked, "Linear has hooks"),
+        (hooked_before, "Linear has hooks"),
+        (patched, "Linear has hooks or a forward of its own"),
+        (lambda: nn.GELU(approximate="tanh"), "approximate must be 'none'"),
+        (lambda: nn.MaxPool2d(3, stride=2), "windows must not overlap"),
+        (lambda: nn.MaxPool2d((2, 3), stride=(2, 2)), "windows must not overlap"),
+        (lambda: nn.MaxPool2d(2, dilation=2), "windows must not overlap"),
+        (lambda: nn.AvgPool2d(3, stride=2), "windows must not overlap"),
+        (lambda: nn.AvgPool2d(2, divisor_override=1), "divisor_override"),
+        (lambda: nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), "padding_mode must be 'zeros'"),
+    ],
+)
+def test_layers_without_a_known_constant_are_named(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        chain(make().eval())
+
+
+def test_a_claim_is_taken_and_marked() -> None:
+    layer = Claims(3.0)
+    assert chain(nn.Sequential(nn.ReLU(), layer))[1] == Link(layer, 3.0, trusted="Claims")
+
+
+@pytest.mark.parametrize("claim", [float("nan"), float("inf"), -1.0])
+def test_a_claim_must_be_a_constant(claim: float) -> None:
+    with pytest.raises(ValueError, match="Lipschitz constant of Claims"):
+        chain(Claims(claim))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(3, 3), lambda: nn.Conv2d(1, 1, 3), lambda: OrthogonalLinear(3, 3)])
+def test_broken_weights_have_no_constant(make: Callable[[], nn.Module], value: float) -> None:
+    layer = make()
+    with torch.no_grad():
+        layer.weight.view(-1)[1] = value  # type: ignore[union-attr, operator]
+    with pytest.raises(ValueError, match="must be finite"):
+        chain(layer)
