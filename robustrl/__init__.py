@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from robustrl.api import attack_policy, certify_policy, load_agent
     from robustrl.certify.certificate import Certificate
     from robustrl.certify.classify import radius_from_counts
+    from robustrl.certify.deterministic import DeterministicCertificate
     from robustrl.certify.episode import EpisodeCertificate
     from robustrl.certify.radius import RadiusCertificate
     from robustrl.certify.returns import certify_quantile, certify_return, certify_success, episode_budget, plug_in_return
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     )
     from robustrl.policy.normalization import Normalization
     from robustrl.report.attack import AttackReport
+    from robustrl.rollouts.deterministic import certify_deterministic
     from robustrl.suite import attack_suite
     from robustrl.threat import Ledger, ThreatModel
     from robustrl.training import presets
@@ -59,6 +61,7 @@ _HOMES = {
     "robustrl.api": ("attack_policy", "certify_policy", "load_agent"),
     "robustrl.certify.certificate": ("Certificate",),
     "robustrl.certify.classify": ("radius_from_counts",),
+    "robustrl.certify.deterministic": ("DeterministicCertificate",),
     "robustrl.certify.episode": ("EpisodeCertificate",),
     "robustrl.certify.radius": ("RadiusCertificate",),
     "robustrl.certify.returns": ("certify_quantile", "certify_return", "certify_success", "episode_budget", "plug_in_return"),
@@ -77,6 +80,7 @@ _HOMES = {
         "Splitting", "Uniform", "UniformBall",
     ),
     "robustrl.report.attack": ("AttackReport",),
+    "robustrl.rollouts.deterministic": ("certify_deterministic",),
     "robustrl.suite": ("attack_suite",),
     "robustrl.threat": ("Ledger", "ThreatModel"),
     "robustrl.training.adversary": ("train_adversary",),
@@ -107,6 +111,7 @@ __all__ = [
     "Ablation",
     "AttackReport",
     "Certificate",
+    "DeterministicCertificate",
     "DeterministicSplitting",
     "EntryAblation",
     "EnvRecipe",
@@ -135,6 +140,7 @@ __all__ = [
     "attack_suite",
     "attacks",
     "certify",
+    "certify_deterministic",
     "certify_policy",
     "certify_quantile",
     "certify_return",

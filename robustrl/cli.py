@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from robustrl import cli_exploration, cli_inputs, cli_training
+from robustrl import cli_deterministic, cli_exploration, cli_inputs, cli_training
 from robustrl.options import (
     Algo,
     Alpha,
@@ -324,6 +324,7 @@ def verify(
     """Recompute a certificate from its evidence; with the model, replay random chunks of its episodes."""
     from robustrl.api import load_agent
     from robustrl.certify.certificate import Certificate
+    from robustrl.certify.deterministic import DeterministicCertificate
     from robustrl.certify.episode import EpisodeCertificate
     from robustrl.classifiers import EVIDENCE, verify_images
     from robustrl.verification import verify_certificate
@@ -341,7 +342,8 @@ def verify(
         certificate = certificate / "certificate.json"
     if not certificate.exists():
         raise FileNotFoundError(f"no certificate {certificate}")
-    beside, replayable = certificate.parent, isinstance(Certificate.load(certificate), EpisodeCertificate)
+    beside = certificate.parent
+    replayable = isinstance(Certificate.load(certificate), EpisodeCertificate | DeterministicCertificate)
     if replayable and model is None and (beside / "model.zip").exists() and (beside / "run.json").exists():
         model = beside
     kwargs = parse_object("--policy-kwargs", policy_kwargs)
@@ -409,6 +411,7 @@ def demo(
         print(f"  {out / name}")
 
 
+app.command()(cli_deterministic.certify_deterministic)
 app.command()(cli_inputs.trace)
 app.command()(cli_inputs.certify_images)
 app.command()(cli_exploration.explore)

@@ -10,6 +10,7 @@ import numpy as np
 from scipy.stats import fisher_exact, ks_2samp
 
 from robustrl.certify.certificate import Certificate
+from robustrl.certify.deterministic import DeterministicCertificate
 from robustrl.certify.episode import EpisodeCertificate
 from robustrl.certify.storage import plain_data
 from robustrl.envs.bounds import known_return_bounds
@@ -18,6 +19,7 @@ from robustrl.envs.units import covering_budgets, frame_units
 from robustrl.errors import CertificateError, check_count
 from robustrl.rollouts.chunk import Job, run_chunk
 from robustrl.rollouts.collect import make_job
+from robustrl.rollouts.deterministic import check_statement, replay_paths
 from robustrl.rollouts.executor import build, one_thread
 from robustrl.threat import ThreatModel
 
@@ -31,9 +33,9 @@ class Verification:
 
     Attributes:
         certificate: the certificate.
-        replayed: chunk numbers that were rolled out again.
+        replayed: chunk numbers that were rolled out again; of a search, numbers of episodes.
         bit_equal: whether every replayed return was the stored one to the last bit (of a success certificate, which
-            stores no returns: whether a full replay gave the stored count); None without a replay.
+            stores no returns: whether a full replay gave the stored count); None without a replay, and of a search.
         p_value: of the two-sample test that was made where bits may differ; None otherwise.
     """
 
@@ -44,6 +46,8 @@ class Verification:
 
     def __str__(self) -> str:
         text = "digest and recomputed bound agree with the stored evidence"
+        if isinstance(self.certificate, DeterministicCertificate) and self.replayed:
+            return f"{text}; random paths of {len(self.replayed)} episode(s) {list(self.replayed)} replayed: same rewards, same costs"
         if not isinstance(self.certificate, EpisodeCertificate):
             return f"{text}; that the evidence is of this model and input is its author's word"
         if self.bit_equal is None:
@@ -86,6 +90,8 @@ def verify_certificate(
     _check_return_low(found)
     if isinstance(found, EpisodeCertificate):
         _check_units(found, env)
+    if isinstance(found, DeterministicCertificate):
+        return _verify_search(found, model, env, replay)
     if model is None:
         return Verification(found)
     if not isinstance(found, EpisodeCertificate):
@@ -116,6 +122,24 @@ def verify_certificate(
     if p_value < SAME_LAW_LEVEL:
         raise CertificateError(f"replaying chunks {chunks} gives returns of another law (two-sample p = {p_value:.3g})")
     return Verification(found, tuple(chunks), bit_equal=False, p_value=p_value)
+
+
+def _verify_search(certificate: DeterministicCertificate, model: Any, env: Any, replay: int) -> Verification:
+    """What a search says about its episodes, and paths of it walked again with the model."""
+    recorded = certificate.provenance
+    try:
+        recipe = _recipe_of(recorded.get("recipe"), env)
+    except CertificateError:
+        if env is not None or model is not None:
+            raise
+        recipe = None
+    check_statement(certificate, recipe)
+    if model is None or recipe is None:
+        return Verification(certificate)
+    policy = recipe.view(model)
+    if policy.fingerprint() != recorded.get("policy_hash"):
+        raise CertificateError("the model is not the certified one: its weights have another hash")
+    return Verification(certificate, tuple(replay_paths(certificate, policy, recipe, check_count("replay", replay))))
 
 
 def _check_return_low(certificate: Certificate) -> None:

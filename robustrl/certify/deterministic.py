@@ -196,6 +196,13 @@ class DeterministicCertificate(Certificate):
         omitted = [sentence for sentence in EXCLUSIONS if sentence not in self.not_covered]
         if omitted:
             raise CertificateError(f"field 'not_covered' leaves out: {omitted[0]}")
+        recipe = self.provenance.get("recipe")
+        if isinstance(recipe, dict):
+            accounting = self.accounting
+            stated = {"frame_stack": accounting.frame_stack, "stack_padding": accounting.stack_padding, "noise": None}
+            for name, value in (stated | {"max_episode_steps": self.horizon}).items():
+                if recipe.get(name) != value:
+                    raise CertificateError(f"{name} is {value!r}, but that of the recorded environment is {recipe.get(name)!r}")
 
     def table(self) -> str:
         """The curve as plain text."""

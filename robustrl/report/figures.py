@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from robustrl.certify.deterministic import DeterministicCertificate
 from robustrl.certify.episode import EpisodeCertificate
 from robustrl.report.attack import AttackReport
 
@@ -14,14 +15,17 @@ if TYPE_CHECKING:
 
 
 def certificate_figure(
-    certificate: EpisodeCertificate, reports: list[AttackReport] | None = None, title: str | None = None
+    certificate: EpisodeCertificate | DeterministicCertificate,
+    reports: list[AttackReport] | None = None,
+    title: str | None = None,
 ) -> Figure:
     """Certified lower bound and attacked means against the episode budget, as a matplotlib figure.
 
     Args:
         certificate: the certified curve.
         reports: attacks at some budgets; where several share a budget the strongest is drawn. Attacks whose budget is in
-            another norm than the certificate's, or per step, have no place on its axis and are left out.
+            another norm than the certificate's, or per step, have no place on its axis and are left out, and all of them beside a
+            certificate of a deterministic policy.
         title: default the noise.
     """
     from matplotlib.figure import Figure
@@ -31,7 +35,11 @@ def certificate_figure(
     certificate.draw(ax)
     strongest: dict[float, AttackReport] = {}
     for report in reports or []:
-        if report.threat["norm"] != certificate.noise.norm or report.threat["episode"] is None:
+        if (
+            isinstance(certificate, DeterministicCertificate)
+            or report.threat["norm"] != certificate.noise.norm
+            or report.threat["episode"] is None
+        ):
             continue
         if report.budget not in strongest or report.mean < strongest[report.budget].mean:
             strongest[report.budget] = report

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from robustrl.certify.deterministic import DeterministicCertificate
 from robustrl.certify.episode import EpisodeCertificate
 from robustrl.report.attack import AttackReport
 from robustrl.report.figures import certificate_figure, suite_figure
@@ -14,13 +15,14 @@ from robustrl.report.figures import certificate_figure, suite_figure
 
 def log_certificate(
     folder: str | os.PathLike[str],
-    certificate: EpisodeCertificate,
+    certificate: EpisodeCertificate | DeterministicCertificate,
     reports: list[AttackReport] | None = None,
     hparams: dict[str, Any] | None = None,
+    name: str = "certificate",
 ) -> None:
     """Add a certificate to a TensorBoard folder, into the run that is there.
 
-    Writes the figure `certificate`, a scalar `certificate/budget_<B>` per budget, `attack/budget_<B>` per report, and the
+    Writes the figure `<name>`, a scalar `<name>/budget_<B>` per budget, `attack/budget_<B>` per report, and the
     hyper-parameters with the certified values as their metrics.
 
     Args:
@@ -28,6 +30,7 @@ def log_certificate(
         certificate: what was certified.
         reports: attacks to draw beside it.
         hparams: hyper-parameters; values that are not numbers, text or booleans are written as text.
+        name: what it is called there.
     """
     from torch.utils.tensorboard import SummaryWriter, summary
 
@@ -37,14 +40,14 @@ def log_certificate(
     try:
         finite = np.isfinite(certificate.values)
         metrics = {
-            f"certificate/budget_{b:g}": float(v)
+            f"{name}/budget_{b:g}": float(v)
             for b, v in zip(certificate.budgets[finite], certificate.values[finite], strict=True)
         }
-        for name, value in metrics.items():
-            writer.add_scalar(name, value)
+        for tag, value in metrics.items():
+            writer.add_scalar(tag, value)
         for report in reports or []:
             writer.add_scalar(f"attack/budget_{report.budget:g}", report.mean)
-        writer.add_figure("certificate", _on_canvas(certificate_figure(certificate, reports)))
+        writer.add_figure(name, _on_canvas(certificate_figure(certificate, reports)))
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in (hparams or {}).items()}
         for part in hparams_summary(plain, metrics):
             writer._get_file_writer().add_summary(part)

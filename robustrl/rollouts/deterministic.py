@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from robustrl.certify.certificate import Floats
 from robustrl.certify.deterministic import METHODS, DeterministicCertificate
-from robustrl.certify.explored import Accounting, Floats
+from robustrl.certify.explored import SLACK, UNSEARCHED, Accounting
 from robustrl.certify.lipschitz import LipschitzScores
+from robustrl.certify.storage import plain_data
 from robustrl.envs.bounds import known_return_bounds
 from robustrl.envs.recipe import EnvRecipe, find_spec
 from robustrl.envs.units import frame_units, in_frame_units
-from robustrl.errors import check_alpha, check_choice, check_count, check_finite_array, check_real
+from robustrl.errors import CertificateError, ChainError, check_alpha, check_choice, check_count, check_finite_array, check_real
 from robustrl.policy import PolicyView
 from robustrl.rollouts.collect import check_actions
 from robustrl.rollouts.engines import refuse_unseeded
 from robustrl.rollouts.executor import build, one_thread
 from robustrl.rollouts.identity import identity
 from robustrl.rollouts.progress import progress_bar as bar
-from robustrl.rollouts.tree import Search, explore
+from robustrl.rollouts.tree import Search, Stepper, explore
 from robustrl.seeding import chunk_seeds, slot_seeds
 from robustrl.threat import ThreatModel
 
@@ -81,6 +83,7 @@ def certify_deterministic(
     Raises:
         TypeError: if no Lipschitz constant of the network is known.
         ValueError: for bad arguments, an environment that cannot be copied, or one that breaks `reward_low` or `never_ends_early`.
+        ChainError: if the environment does not repeat itself under one seed.
     """
     check_choice("method", method, METHODS)
     check_count("episodes", episodes)
@@ -91,7 +94,7 @@ def certify_deterministic(
     recipe = replace(EnvRecipe.of(env), noise=None)
     policy = recipe.view(model)
     check_actions(policy, recipe)
-    grid, per, norm, threat = _limits(budgets, per, norm, recipe)
+    grid, per, norm, threat = in_budgets(budgets, per, norm, recipe)
     accounting = Accounting(per, norm, recipe.frame_stack, recipe.stack_padding)
     low = known_reward_low(recipe) if reward_low is None else check_real("reward_low", reward_low)
     if low is None:
@@ -102,7 +105,7 @@ def certify_deterministic(
     seeds = episode_seeds(seed, episodes)
     with one_thread(), bar("search", episodes, visible=progress_bar) as advance:
         evidence = explore(search, seeds, advance)
-    return DeterministicCertificate.of(
+    certificate = DeterministicCertificate.of(
         evidence,
         method=method,
         accounting=accounting,
@@ -125,6 +128,14 @@ def certify_deterministic(
             "device": policy.device.type,
         },
     )
+    try:
+        replay_paths(certificate, policy, recipe, episodes=2, paths=2)
+    except CertificateError as error:
+        raise ChainError(
+            f"{recipe.label} does not repeat itself ({error}): it has random numbers that reset(seed=...) does not seed, or state that "
+            "its copies share"
+        ) from None
+    return certificate
 
 
 def make_search(
@@ -168,7 +179,89 @@ def sure_return(recipe: EnvRecipe, rest: float) -> float:
     return each if known is None else max(known, each)
 
 
-def _limits(
+def check_statement(certificate: DeterministicCertificate, recipe: EnvRecipe | None) -> None:
+    """Raise CertificateError if what is said about episodes, rewards and budgets does not follow from seed and recipe."""
+    recorded = certificate.provenance
+    if "seed" in recorded and not np.array_equal(episode_seeds(recorded["seed"], certificate.n), certificate.evidence.seeds):
+        raise CertificateError(f"its episodes are not those of seed {recorded['seed']}: some were left out, or chosen")
+    if recipe is None:
+        if certificate.threat is not None or recorded.get("units", "raw") != "raw":
+            raise CertificateError("what the budgets mean cannot be recomputed without the environment, pass env=")
+        return
+    low, rest = (
+        known_reward_low(recipe),
+        certificate.reward_low if certificate.never_ends_early else min(certificate.reward_low, 0.0),
+    )
+    if low is not None and certificate.reward_low > low:
+        raise CertificateError(f"field 'reward_low' is {certificate.reward_low:g}, but a step may pay as little as {low:g}")
+    if certificate.return_low > sure_return(recipe, rest):
+        raise CertificateError(
+            f"field 'return_low' is {certificate.return_low:g}, but an episode may return as little as {sure_return(recipe, rest):g}"
+        )
+    if recorded.get("units", frame_units(recipe)) != frame_units(recipe):
+        raise CertificateError(
+            f"its units are said to be {recorded['units']!r}, but frames of {recipe.label} are {frame_units(recipe)!r}"
+        )
+    if certificate.threat is None:
+        return
+    accounting = certificate.accounting
+    try:
+        threats = [ThreatModel.from_dict(item) for item in certificate.threat["converted_from"]]
+        grid, per, norm, stated = in_budgets(threats, accounting.per, accounting.norm, recipe)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CertificateError(f"field 'threat' cannot be converted into budgets: {error}") from None
+    same = plain_data("threat", stated) == certificate.threat and (per, norm) == (accounting.per, accounting.norm)
+    if not same or grid.shape != certificate.budgets.shape or not np.allclose(grid, certificate.budgets, rtol=1e-12, atol=0):
+        raise CertificateError(f"field 'threat' stands for the budgets {grid} in {recipe.label}, not for {certificate.budgets}")
+
+
+def replay_paths(
+    certificate: DeterministicCertificate, policy: PolicyView, recipe: EnvRecipe, episodes: int, paths: int = 8
+) -> list[int]:
+    """Walk random paths of random episodes' trees again, from the start; numbers of the episodes.
+
+    Raises:
+        CertificateError: if a reward or an end comes out differently, or an action costs less than the tree says.
+    """
+    tree, accounting, rng = certificate.evidence, certificate.accounting, np.random.default_rng()
+    settings: dict[str, Any] = {"rest": 0.0, "reward_low": certificate.reward_low, "nodes": 0}
+    search = make_search(policy, recipe, accounting, certificate.budgets, **settings)
+    limit = accounting.limits(certificate.budgets).max()
+    chosen = sorted(rng.choice(certificate.n, size=min(episodes, certificate.n), replace=False).tolist())
+    order = np.argsort(tree.parents, kind="stable")
+    starts = np.searchsorted(tree.parents[order], np.arange(len(tree.times) + 1))
+    for episode in chosen:
+        for path in range(paths):
+            stepper, state, seen = Stepper(search, int(tree.seeds[episode])), int(tree.roots[episode]), list[tuple[int, Any]]()
+            while not tree.ended[state]:
+                seen.append((state, stepper.stack))
+                edges = order[starts[state] : starts[state + 1]]
+                looked = edges[tree.children[edges] != UNSEARCHED]
+                if not looked.size:
+                    break
+                edge = looked[np.argmin(tree.costs[looked])] if path == 0 else rng.choice(looked)
+                reward, over = stepper.step(int(tree.actions[edge]), stepper.stack, int(tree.times[state]))
+                state = int(tree.children[edge])
+                if over != tree.ended[state] or not np.isclose(reward, tree.rewards[edge], rtol=1e-9, atol=1e-12):
+                    raise CertificateError(f"episode {episode} comes out differently after {tree.times[state]} steps")
+            stepper.close()
+            costs, _ = search.judged([stack for _, stack in seen])
+            stated = np.full(costs.shape, np.inf)
+            for row, (state, _) in enumerate(seen):
+                edges = order[starts[state] : starts[state + 1]]
+                stated[row, tree.actions[edges]] = tree.costs[edges]
+            times = tree.times[[state for state, _ in seen]][:, None]
+            within = accounting.charges(costs, times) <= limit * (1 - SLACK)
+            wrong = within & (stated > costs * (1 + SLACK) + 1e-9)
+            if wrong.any():
+                row, action = np.argwhere(wrong)[0]
+                raise CertificateError(
+                    f"episode {episode}, step {times[row, 0]}: action {action} costs {costs[row, action]:g}, not {stated[row, action]:g}"
+                )
+    return chosen
+
+
+def in_budgets(
     budgets: Any, per: Any, norm: Any, recipe: EnvRecipe
 ) -> tuple[Floats, Literal["step", "episode"], float, dict[str, Any] | None]:
     """Budgets in frame units, what they are per and in which norm, and the threat models that they stand for."""
@@ -185,6 +278,7 @@ def _limits(
     if len(kinds) > 1 or any(one.norm == 0 for one in here):
         raise ValueError("budgets must be ThreatModels of one norm, 1, 2 or inf, all per step or all per episode")
     ((norm, steps),) = kinds
-    grid = check_finite_array("budgets", [one.step if steps else one.episode for one in here])
+    limits: list[Any] = [one.step if steps else one.episode for one in here]
+    grid = check_finite_array("budgets", limits)
     stated = {"converted_from": [one.to_dict() for one in threats], "in_frame_units": [one.to_dict() for one in here]}
-    return grid, cast(Literal["step", "episode"], "step" if steps else "episode"), norm, stated
+    return grid, "step" if steps else "episode", norm, stated

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copyreg
 import io
 import pickle
+from functools import cache
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -97,26 +99,40 @@ def _set_state(obj: Any, state: dict[str, Any]) -> None:
 class _Pickler(pickle.Pickler):
     def __init__(self, file: io.BytesIO, snapshots: Snapshots) -> None:
         super().__init__(file, protocol=5)
-        self._snapshots = snapshots
+        self._number = snapshots.number
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, np.random.Generator):
-            return _shared, (self._snapshots.number(obj), obj.bit_generator.state)
-        if obj is _shared or obj is _set_state:
-            return NotImplemented
-        if isinstance(obj, FIXED) or (type(obj) in SPACES and obj._np_random is None):
-            return _shared, (self._snapshots.number(obj), None)
-        if type(obj) is _Table:
-            return _shared, (self._snapshots.number(obj.content), None)
-        if type(obj).__name__ == "ALEInterface":
-            return _shared, (self._snapshots.number(obj), obj.cloneState(include_rng=True))
-        # An environment that pickles in a way of its own makes itself anew, or leaves something out.
-        if isinstance(obj, gym.Env | EzPickle):
-            state = obj.__dict__
-            if "P" in state and type(obj).__module__.startswith("gymnasium.envs.toy_text."):
-                state = state | {"P": _Table(state["P"])}
-            return object.__new__, (type(obj),), state, None, None, _set_state
-        return NotImplemented
+        match _treatment(type(obj)):  # type: ignore[arg-type]  # a class can be hashed
+            case "plain":
+                return NotImplemented
+            case "environment":
+                state = obj.__dict__
+                if "P" in state and type(obj).__module__.startswith("gymnasium.envs.toy_text."):
+                    state = state | {"P": _Table(state["P"])}
+                return copyreg.__newobj__, (type(obj),), state, None, None, _set_state  # type: ignore[attr-defined]
+            case "generator":
+                return _shared, (self._number(obj), obj.bit_generator.state)
+            case "emulator":
+                return _shared, (self._number(obj), obj.cloneState(include_rng=True))
+            case "table":
+                return _shared, (self._number(obj.content), None)
+            case "space" if obj._np_random is not None:
+                return NotImplemented
+        return NotImplemented if obj in (_shared, _set_state) else (_shared, (self._number(obj), None))
+
+
+@cache
+def _treatment(kind: Any) -> str:
+    """How what is of a class is saved."""
+    if issubclass(kind, gym.Env | EzPickle):  # pickled in its own way, it would be made anew, or leave something out
+        return "environment"
+    if issubclass(kind, np.random.Generator):
+        return "generator"
+    if kind.__name__ == "ALEInterface":
+        return "emulator"
+    if kind is _Table:
+        return "table"
+    return "space" if kind in SPACES else "fixed" if issubclass(kind, FIXED) else "plain"
 
 
 class _Unpickler(pickle.Unpickler):

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from robustrl.certify.explored import UNSEARCHED, Accounting, Explored, Floats
+from robustrl.certify.certificate import Floats
+from robustrl.certify.explored import UNSEARCHED, Accounting, Explored
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.envs.single import RewardProbe
 from robustrl.policy import PolicyView, push_frame, start_stack
@@ -300,13 +301,13 @@ def explore(search: Search, seeds: NDArray[Any], advance: Callable[[int], None])
         episodes = [Episode(search, int(seed)) for seed in seeds[start : start + SIDE_BY_SIDE]]
         running = episodes
         while running:
-            stacks = [episode.look() for episode in running]
-            sizes = [len(part) for part in stacks]
+            asked = [episode.look() for episode in running]
+            sizes = [len(part) for part in asked]
             if sum(sizes):
                 ends = np.cumsum(sizes)[:-1]
-                costs, greedy = (np.split(part, ends) for part in search.judged([one for part in stacks for one in part]))
-                for episode, *found in zip(running, costs, greedy, strict=True):
-                    episode.judged(*found)
+                costs, greedy = search.judged([stack for part in asked for stack in part])
+                for episode, part, chosen in zip(running, np.split(costs, ends), np.split(greedy, ends), strict=True):
+                    episode.judged(part, chosen)
             advance(sum(episode.done for episode in running))
             running = [episode for episode in running if not episode.done]
         parts += [episode.explored() for episode in episodes]
