@@ -164,7 +164,7 @@ def _play(job: Job, chunk: int, n: int) -> Generator[None, None, Episodes]:
     engine = make_engine(recipe, job.engine)
     noise = None if recipe.noise is None else NoiseStreams(recipe.noise, seeds.noise, n, _noise_block(job, n), device)
     policy_generator = torch_generator(seeds.policy, device)
-    attacker = _attacker(job, seeds.attacker, n, engine)
+    attacker = attacker_of(job, seeds.attacker, n, engine)
     batch = _inference_batch(job)
 
     returns, lengths = np.zeros(n), np.zeros(n, dtype=np.int64)
@@ -206,7 +206,8 @@ def _play(job: Job, chunk: int, n: int) -> Generator[None, None, Episodes]:
     return Episodes(returns, lengths, environment_seeds, np.zeros(n) if attacker is None else attacker.ledger.spent)
 
 
-def _attacker(job: Job, seed: np.random.SeedSequence, n: int, engine: Engine) -> Attacker | None:
+def attacker_of(job: Job, seed: np.random.SeedSequence, n: int, engine: Engine) -> Attacker | None:
+    """Who attacks `n` episodes of a job side by side; None without an attack."""
     if job.attack is None or job.threat is None:
         return None
     recipe = job.recipe

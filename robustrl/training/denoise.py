@@ -25,119 +25,18 @@ from robustrl.errors import check_choice, check_count, check_positive, check_pro
 from robustrl.files import write_atomically
 from robustrl.networks import Denoiser, denoiser_for
 from robustrl.noise import Gaussian, Noise
-from robustrl.policy import Padding, PolicyView, fold_frames, push_frame, stacked_shape, start_stack
+from robustrl.policy import PolicyView
 from robustrl.policy.loading import ALGORITHMS
-from robustrl.rollouts.chunk import inside
 from robustrl.rollouts.collect import collect, make_job
-from robustrl.rollouts.engines import make_engine
 from robustrl.rollouts.executor import build, one_thread
 from robustrl.rollouts.progress import progress_bar as bar
-from robustrl.seeding import chunk_seeds, integer_seed, torch_generator
+from robustrl.seeding import integer_seed, torch_generator
+from robustrl.training.gathering import Stacks, folded, gather
 from robustrl.training.objectives import MSE, Objective, QueryOnly, Stability, set_rate
 from robustrl.training.run_files import DENOISER, RunInfo
 
-SLOTS = 16
-"""Episodes side by side while data are gathered."""
 FIRST = 50
 """Updates before the first evaluation; the second comes after twice as many, and so on."""
-
-
-@dataclass(frozen=True)
-class Stacks:
-    """Clean frame stacks from rollouts.
-
-    Attributes:
-        frames: (n, k, *frame), float32, oldest first.
-        padding: leading frames that fill the stack at the start of an episode, (n,).
-    """
-
-    frames: Tensor
-    padding: Tensor
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-    def pairs(
-        self, rows: Tensor, policy: PolicyView, noise: Noise, fill: Padding, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """The policy's clean observations, and the denoiser's noisy ones.
-
-        Every frame has noise of its own; the copies of a first frame that fill a stack have the same.
-        """
-        frames, padding = self.frames[rows].to(policy.device), self.padding[rows].to(policy.device)
-        noisy = noise.perturb(frames.flatten(0, 1), generator).reshape(frames.shape)
-        place = torch.arange(frames.shape[1], device=frames.device)
-        if fill == "reset":
-            source = torch.maximum(place, padding[:, None])
-            noisy = noisy[torch.arange(len(noisy), device=frames.device)[:, None], source]
-        else:
-            noisy[place < padding[:, None]] = 0
-        return policy.fold(frames[:, -policy.n_frames :]), _folded(noisy, policy)
-
-
-def _folded(frames: Tensor, policy: PolicyView) -> Tensor:
-    """Observations of stacks that may hold more frames than the policy takes."""
-    n = frames.shape[1]
-    return fold_frames(frames, policy.observation_shape if n == policy.n_frames else stacked_shape(policy.frame_shape, n))
-
-
-def gather(
-    policy: PolicyView, recipe: EnvRecipe, n: int, seed: int, *, n_frames: int | None = None, engine: str = "auto"
-) -> Stacks:
-    """Clean frame stacks of episodes that an agent plays: smoothed with the recipe's noise, or clean without any.
-
-    Whole episodes are played and `n` of their stacks are drawn at random, so that early steps are not preferred.
-
-    Args:
-        policy: who acts, greedily.
-        recipe: environment and noise; the agent sees as many frames as its policy takes.
-        n: number of stacks.
-        seed: of environments, noise and the draw.
-        n_frames: frames in one of the stacks; default as many as the policy takes.
-        engine: how environments run side by side.
-    """
-    found: list[tuple[Tensor, Tensor]] = []
-    total = chunk = 0
-    while total < n:
-        found += _play(policy, recipe, seed, chunk, n_frames or policy.n_frames, engine)
-        total, chunk = sum(len(frames) for frames, _ in found), chunk + 1
-    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:n]
-    return Stacks(torch.cat([frames for frames, _ in found])[chosen], torch.cat([padding for _, padding in found])[chosen])
-
-
-def _play(
-    policy: PolicyView, recipe: EnvRecipe, seed: int, chunk: int, n_frames: int, engine_name: str
-) -> list[tuple[Tensor, Tensor]]:
-    """The clean stacks of one chunk of episodes, step by step, and their padding."""
-    seeds, engine = chunk_seeds(seed, chunk), make_engine(recipe, engine_name)
-    generator, device = torch_generator(seeds.noise, policy.device), policy.device
-
-    def pushed(stack: Tensor | None, frames: Tensor, count: int) -> Tensor:
-        return start_stack(frames, count, recipe.stack_padding) if stack is None else push_frame(stack, frames)
-
-    found: list[tuple[Tensor, Tensor]] = []
-    clean: Tensor | None = None
-    seen: Tensor | None = None
-    try:
-        observations, _ = engine.start(SLOTS, seeds.environment)
-        memory = policy.memory(SLOTS)
-        for step in range(recipe.horizon):
-            frames = torch.from_numpy(np.array(recipe.frames(observations), dtype=np.float32)).to(device)
-            noisy = frames if recipe.noise is None else recipe.noise.perturb(frames, generator)
-            clean, seen = pushed(clean, frames, n_frames), pushed(seen, noisy, policy.n_frames)
-            found.append((clean.cpu(), torch.full((len(clean),), max(0, n_frames - 1 - step))))
-            actions, memory = policy.decide(seen, memory, batch=SLOTS)
-            observations, _, finished = engine.step(inside(policy.received(actions), recipe))
-            if finished.all():
-                break
-            if finished.any():
-                engine.keep(~finished)
-                kept = torch.from_numpy(~finished).to(device)
-                observations, clean, seen = observations[~finished], clean[kept], seen[kept]
-                memory = None if memory is None else memory[kept]
-    finally:
-        engine.close()
-    return found
 
 
 @contextmanager
@@ -253,10 +152,10 @@ def denoise(
             ):
                 if n:
                     data.append(gather(actor, seen, n, integer_seed(origin) >> 1, n_frames=n_frames, engine=job.engine))
-            stacks = Stacks(torch.cat([part.frames for part in data]), torch.cat([part.padding for part in data]))
+            stacks = Stacks.joined(data)
             clean, noisy = stacks.pairs(torch.arange(len(stacks)), policy, recipe.noise, recipe.stack_padding, noises)
             if denoiser is None:
-                inputs = _folded(stacks.frames, policy)
+                inputs = folded(stacks.frames, policy)
                 sigma = _level(recipe.noise, inputs, noisy.to(inputs.device))
                 denoiser = denoiser_for(inputs, sigma, policy.observation_shape, seed=seed).to(policy.device)
             loss_of.prepare(torch.cat((clean, denoiser.newest(noisy))), seed)

@@ -10,7 +10,7 @@ from robustrl.envs.recipe import EnvRecipe
 from robustrl.errors import check_count
 from robustrl.rollouts.collect import make_job
 from robustrl.rollouts.executor import one_thread
-from robustrl.training.denoise import gather
+from robustrl.training.gathering import gather
 from robustrl.training.objectives import ask, fit_surrogate
 
 

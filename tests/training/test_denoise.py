@@ -484,7 +484,7 @@ def test_noise_is_per_frame_and_copies_of_a_first_frame_share_it(fill: Any) -> N
     for row in range(2000):
         frames[row, : padding[row]] = frames[row, padding[row]] if fill == "reset" else 0
     policy = rule(1, 1, 1)
-    clean, noisy = Stacks(frames, padding).pairs(
+    clean, noisy = Stacks(frames, padding, torch.arange(len(frames))).pairs(
         torch.arange(2000), policy, rrl.Gaussian(0.5), fill, torch.Generator().manual_seed(1)
     )
     assert torch.equal(clean, frames[:, -1])
