@@ -206,11 +206,13 @@ def evaluate(
         targeted: climb the margins to the three most likely other classes as well.
         seed: of random starts, the same at every call.
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or a weight is not finite.
         CertificateViolationError: if an attack changed what is certified.
     """
     region = Region.of(epsilon, norm, bounds, mask)
     counts = check_count("steps", steps), check_count("restarts", restarts)
+    if not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
+        raise ValueError("module must have finite weights, got some that are not")
     device = next((parameter.device for parameter in module.parameters()), examples.inputs.device)
     examples, loss = examples.to(device), loss or CrossEntropy()
     with one_thread():

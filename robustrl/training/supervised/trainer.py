@@ -119,7 +119,7 @@ class RobustTrainer:
         check_choice("amp", self.amp, (None, "bfloat16"))  # half precision would lose the signs of small gradients
         check_count("seed", self.seed, least=0)
         EarlyStopping(self.patience)
-        if self.trades is not None and isinstance(self.attack, NoAttack):
+        if self.trades is not None and check_positive("trades", self.trades) and isinstance(self.attack, NoAttack):
             raise ValueError("trades needs an attack: without one, clean and attacked scores are the same")
         if not isinstance(self.epsilon, ThreatModel):
             Region.of(self.epsilon, self.norm, self.bounds, self.mask)
@@ -166,7 +166,8 @@ class RobustTrainer:
         elif self.hold_out:
             examples, validation = examples.split(self.hold_out, self.seed)
         loss = loss or CrossEntropy()
-        with one_thread(), torch.random.fork_rng(), scalars(self.tensorboard) as log:
+        device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+        with one_thread(), torch.random.fork_rng([device] if device.type == "cuda" else []), scalars(self.tensorboard) as log:
             torch.manual_seed(self.seed)  # dropout has no generator of its own
             return _Training(self, module, examples, loss, validation, region, log).run(progress_bar)
 
@@ -224,10 +225,14 @@ class _Training:
 
     def _check(self, losses: Tensor) -> None:
         """Once in a while: asking at every step would make the device wait, and no later loss hides one that is not finite."""
-        if not torch.isfinite(losses):
+        if not bool(losses.isfinite()) or not all(bool(parameter.isfinite().all()) for parameter in self._learned()):
             self.best.restore(self.module, self.optimizer, self.average)
+            if self.best.average is not None:
+                self.module.load_state_dict(self.best.average)
             self.module.eval()
-            raise RuntimeError("the loss is not finite: try a smaller learning_rate; the weights are the best so far")
+            raise RuntimeError(
+                "the loss or a weight is not finite: try a smaller learning_rate; the module has its best weights so far"
+            )
 
     def _order(self) -> Iterator[Tensor]:
         """Rows of every batch: equal ones, because batch norm cannot do with one left-over row."""
@@ -282,7 +287,8 @@ class _Training:
         if self.settings.gradalign:
             losses = functools.partial(self._losses, targets)
             cosines = alignment(region, losses, x, self.generator, differentiable=True)
-            loss = loss + self.settings.gradalign * (1 - cosines).nan_to_num(0.0).mean()
+            bends = (1 - cosines).nan_to_num(0.0).sum() / cosines.isfinite().sum().clamp(min=1)
+            loss = loss + self.settings.gradalign * bends
         return loss
 
     def _losses(self, targets: Tensor, point: Tensor) -> Tensor:
