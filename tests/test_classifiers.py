@@ -284,11 +284,49 @@ def test_data_that_is_none_is_refused(tmp_path: Path) -> None:
         ({"method": "values"}, "bounds must be given for method 'values'"),
         ({"bounds": (-1, 1)}, "and no other"),
         ({"method": "values", "bounds": (1, -1)}, "low < high"),
+        ({"noise": None}, "noise must be given for every method but 'lipschitz'"),
+        ({"method": "lipschitz"}, "noise must be given for every method but 'lipschitz', which has none"),
+        ({"method": "lipschitz", "noise": None, "norm": 0}, "norm must be one of"),
+        ({"method": "lipschitz", "noise": None, "bounds": (0, 1)}, "and no other"),
+        ({"method": "lipschitz", "noise": None, "labels": Y + 1}, "labels must be below 2"),
     ],
 )
 def test_bad_input_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         certify_images(**({"model": sign(), "images": X, "labels": Y, "noise": Uniform(0.3)} | changes))
+
+
+def test_networks_of_known_layers_are_certified_without_noise(tmp_path: Path) -> None:
+    """The first pixel alone decides, so its size is the radius; in l-inf it is known only up to the diagonal."""
+    report = certify_images(sign(), X, Y, method="lipschitz", folder=tmp_path)
+    margins = np.abs(X.reshape(12, -1)[:, 0])
+    assert [row.prediction for row in report.rows] == Y.tolist()
+    np.testing.assert_allclose([row.radius for row in report.rows], margins, rtol=1e-5)
+    assert [row[:4] for row in verify_images(tmp_path).rows] == [row[:4] for row in report.rows]
+    again = certify_images(sign(), X, Y, method="lipschitz", folder=tmp_path)
+    assert [row[:4] for row in again.rows] == [row[:4] for row in report.rows]
+    flat = certify_images(sign(), X, Y, method="lipschitz", norm=float("inf"), skip=3)
+    np.testing.assert_allclose([row.radius for row in flat.rows], margins[::3] / 2, rtol=1e-5)
+    with pytest.raises(ChunkError, match="different"):
+        certify_images(sign(), X, Y, method="lipschitz", norm=1, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lipschitz", 0.5), ("scores", [9.0, 0.0]), ("rounding", 0.1), ("differences", [0.1, 0.1])]
+)
+def test_edited_evidence_without_noise_does_not_verify(tmp_path: Path, name: str, value: Any) -> None:
+    certify_images(sign(), X, Y, method="lipschitz", folder=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "evidence.jsonl").read_text().splitlines()]
+    lines[4]["evidence"][name] = value
+    (tmp_path / "evidence.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(CertificateError, match="input 4"):
+        verify_images(tmp_path)
+
+
+def test_networks_without_a_known_constant_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="layer LayerNorm"):
+        certify_images(nn.Sequential(nn.Flatten(), nn.LayerNorm(4)), X, Y, method="lipschitz", folder=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_number_is_no_noise() -> None:

@@ -54,6 +54,7 @@ IMAGES = ("certify-images", "inputs_networks:small", "data.npz", "--out", "runs"
         (("--sigma", 0.3, "--device", "cuda:one"), "--device must be cpu"),
         (("--sigma", 0.3, "--device", "cuda:99"), "--device cuda:99: torch sees"),
         ((), "--sigma or --noise must be given"),
+        (("--sigma", 0.3, "--method", "lipschitz"), "lipschitz', which has none"),
     ],
 )
 def test_bad_words_for_certify_images_end_in_one_line(run: Any, words: Any, message: str, tmp_path: Path) -> None:
@@ -67,7 +68,16 @@ def test_bad_words_for_certify_images_end_in_one_line(run: Any, words: Any, mess
 def test_help_names_every_method_and_only_those(run: Any) -> None:
     for command, others in (("trace", ()), ("certify-images", ("values",))):
         told = run(command, "--help")[1]
-        for name in ("one-sided", "two-sided", "second-order", "second-order-pairs", "dipole", "splitting", *others):
+        for name in (
+            "one-sided",
+            "two-sided",
+            "second-order",
+            "second-order-pairs",
+            "dipole",
+            "splitting",
+            "lipschitz",
+            *others,
+        ):
             assert name in told
         for name in ("sequential", "label-flips", "trajectory"):
             assert name not in told
@@ -78,6 +88,14 @@ def test_bounded_scores_are_certified_from_the_shell(run: Any, tmp_path: Path) -
     assert status == 0, error
     assert "ACR" in out
     assert len(verify_images(tmp_path / "runs")) == 3
+
+
+def test_images_are_certified_without_noise_from_the_shell(run: Any, tmp_path: Path) -> None:
+    status, out, error = run(*IMAGES[:5], "--method", "lipschitz")
+    assert status == 0, error
+    assert "ACR" in out
+    assert len(verify_images(tmp_path / "runs")) == 3
+    assert run("verify", "runs")[0] == 0
 
 
 def test_a_device_is_one_that_is_there() -> None:
@@ -103,3 +121,19 @@ def test_a_trace_needs_noise(run: Any, tmp_path: Path) -> None:
     shutil.copytree(ZOO.with_name("cartpole-ppo-undefended"), tmp_path / "run")
     assert "the run has no noise of its own" in run("trace", "run")[2]
     assert "sigma > 0" in run("trace", "run", "--sigma", 0)[2]
+
+
+def test_a_policy_without_noise_is_traced_from_the_shell(run: Any, tmp_path: Path) -> None:
+    shutil.copytree(ZOO.with_name("cartpole-ppo-undefended"), tmp_path / "run")
+    status, out, error = run("trace", "run", "--method", "lipschitz", "--max-episode-steps", 5)
+    assert status == 0, error
+    assert "confidence 100%" in out
+    trace = RadiusTrace.load(tmp_path / "run" / "trace.json")
+    assert trace.alpha == 0
+    assert (trace.radii > 0).all()
+    assert run("verify", "run/trace.json")[0] == 0
+
+
+def test_a_policy_under_noise_is_not_traced_without_it(run: Any, tmp_path: Path) -> None:
+    shutil.copytree(ZOO, tmp_path / "run")
+    assert "without noise, but this one acts under" in run("trace", "run", "--method", "lipschitz")[2]

@@ -43,7 +43,7 @@ class LipschitzScores:
         self._policy = policy
         self._network: nn.Module = policy.actor if isinstance(policy, PolicyView) else policy
         self._shape = policy.observation_shape if isinstance(policy, PolicyView) else None
-        self._state: tuple[dict[str, Any], list[bool]] | None = None
+        self._state: tuple[dict[str, Any], str] | None = None
         self._refresh()
 
     @classmethod
@@ -222,11 +222,9 @@ class LipschitzScores:
 
     def _refresh(self) -> None:
         """Take the network apart again if it is not the one that was taken apart."""
-        state = self._network.state_dict()
-        modes = [module.training for module in self._network.modules()]
+        state, layers = self._network.state_dict(), repr(self._network)  # which tells kinds and settings
         if self._state is not None:
-            kept, kept_modes = self._state
-            same = kept.keys() == state.keys() and modes == kept_modes
+            kept, same = self._state[0], self._state[1] == layers and self._state[0].keys() == state.keys()
             if same and all(_equal(kept[name], state[name]) for name in kept):
                 return
         self._state = None
@@ -241,7 +239,7 @@ class LipschitzScores:
         self._links = links if self._head is None else links[:-1]
         self._lipschitz = constant(self._links) * UP
         self._trusted = tuple(sorted({link.trusted for link in self._links if link.trusted is not None}))
-        self._state = {name: copy.deepcopy(value) for name, value in state.items()}, modes
+        self._state = {name: copy.deepcopy(value) for name, value in state.items()}, layers
 
 
 def _lengths(rows: Tensor) -> Tensor:

@@ -110,9 +110,9 @@ def test_no_attack_crosses_radius_or_cost(seed: int) -> None:
 
 
 @pytest.mark.slow
-def test_no_attack_crosses_a_thousand_networks() -> None:
-    for seed in range(1000):
-        never_crossed(seed, 2)
+def test_no_attack_crosses_a_thousand_radii() -> None:
+    for seed in range(12, 212):
+        never_crossed(seed, 5)
 
 
 def test_the_radius_of_a_linear_network_is_the_distance_to_the_boundary() -> None:
@@ -124,7 +124,7 @@ def test_the_radius_of_a_linear_network_is_the_distance_to_the_boundary() -> Non
         assert actions.tolist() == scores.argmax(1).tolist()
         for f, y, radius in zip(scores, actions, radii, strict=True):
             exact = min((f[y] - f[a]) / np.linalg.norm(weight[y] - weight[a]) for a in range(4) if a != y)
-            assert exact * (1 - 1e-9) < radius <= exact
+            assert exact - 1e-10 < radius <= exact
 
 
 def test_exactly_at_the_radius_of_a_linear_network_two_actions_tie() -> None:
@@ -133,8 +133,8 @@ def test_exactly_at_the_radius_of_a_linear_network_two_actions_tie() -> None:
     (action,), (radius,) = LipschitzScores.of(layer).radii(x)
     apart = np.array([-2.0, -1.5])
     for factor, sign in ((1 - 1e-9, 1), (1 + 1e-9, -1)):
-        scores = layer(torch.from_numpy(x + factor * radius * apart / np.linalg.norm(apart)))[0]
-        assert sign * float(scores[action] - scores[1 - action]) > 0
+        scores = layer(torch.from_numpy(x + factor * radius * apart / np.linalg.norm(apart)))[0].tolist()
+        assert sign * (scores[action] - scores[1 - action]) > 0
 
 
 def test_costs_of_a_linear_network_never_exceed_the_shortest_way() -> None:
@@ -306,7 +306,7 @@ def seer() -> DQN:
         "features_extractor_class": rrl.LipschitzCNN,
         "features_extractor_kwargs": {"channels": (8, 8), "strides": (4, 4)},
     }
-    env = FakeImageEnv(36, 36, 3, discrete=True)
+    env = FakeImageEnv(4, 36, 36, 3, channel_first=True)
     return DQN("CnnPolicy", env, policy_kwargs=kwargs, buffer_size=10, seed=0, device="cpu")
 
 
@@ -331,7 +331,7 @@ def test_pictures_with_channels_last_have_the_same_radii(seer: DQN) -> None:
 
 def test_pixels_that_a_model_does_not_divide_are_bytes_to_it() -> None:
     kwargs = KWARGS | {"features_extractor_class": rrl.LipschitzCNN, "normalize_images": False}
-    model = DQN("CnnPolicy", FakeImageEnv(36, 36, 3, discrete=True), policy_kwargs=kwargs, buffer_size=10, device="cpu")
+    model = DQN("CnnPolicy", FakeImageEnv(4, 36, 36, 3, channel_first=True), policy_kwargs=kwargs, buffer_size=10, device="cpu")
     assert LipschitzScores.of(model).lipschitz == pytest.approx(1, rel=1e-9)
     unit = PolicyView.from_sb3(model, frame_space=spaces.Box(0, 1, (3, 36, 36), np.float32))
     assert LipschitzScores.of(unit).lipschitz == pytest.approx(255, rel=1e-9)
@@ -409,6 +409,18 @@ def test_a_layer_between_the_layers_that_grows_is_noticed() -> None:
     for ask in (judged.scores, judged.costs, judged.radii, judged.certificates, judged.audit):
         with pytest.raises(ValueError, match="finite"):
             ask(np.ones((1, 2)))
+
+
+def test_layers_that_are_swapped_or_set_anew_are_noticed() -> None:
+    network = nn.Sequential(linear(np.eye(2)), nn.LeakyReLU(), linear(np.eye(2)))
+    judged = LipschitzScores.of(network)
+    network[1].negative_slope = -3.0
+    assert judged.lipschitz == pytest.approx(3)
+    network[1] = nn.Sigmoid()
+    assert judged.lipschitz == pytest.approx(0.25)
+    network[1] = nn.Softmax(-1)
+    with pytest.raises(TypeError, match="layer Softmax"):
+        judged.radii([[1.0, 2.0]])
 
 
 def test_files_bring_the_same_radii_back(tmp_path: Path) -> None:

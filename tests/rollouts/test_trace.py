@@ -9,13 +9,16 @@ from typing import Any
 
 import gymnasium as gym
 import pytest
-from toys import balancer
+import torch
+from toys import balancer, network_balancer
 
 import robustrl as rrl
 from robustrl.agents import MajorityVoteAgent
+from robustrl.certify.lipschitz import LipschitzScores
 from robustrl.envs.quantise import QuantiseObservation
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.errors import CertificateError
+from robustrl.policy import PolicyView
 from robustrl.rollouts.trace import RadiusTrace, radius_trace
 
 RECIPE = EnvRecipe(env_id="CartPole-v1", max_episode_steps=25, noise=rrl.Gaussian(0.2))
@@ -118,3 +121,54 @@ def test_radii_shrink_where_the_vote_is_close(trace: RadiusTrace) -> None:
     assert len(certified) > 5
     by_share = sorted(certified, key=lambda c: c.evidence["count"])
     assert [c.radius for c in by_share] == sorted(c.radius for c in certified)
+
+
+@pytest.fixture(scope="module")
+def plain() -> RadiusTrace:
+    """A clean episode of a network without noise."""
+    return radius_trace(network_balancer(), replace(RECIPE, noise=None), method="lipschitz", seed=3)
+
+
+def test_a_policy_without_noise_is_certified_at_every_step(plain: RadiusTrace, tmp_path: Path) -> None:
+    assert (plain.alpha, len(plain.certificates)) == (0, 25)
+    env = gym.make("CartPole-v1", max_episode_steps=25)
+    observation, _ = env.reset(seed=3)
+    judged = LipschitzScores.of(network_balancer())
+    for certificate, action in zip(plain.certificates, plain.actions, strict=True):
+        certificate.verify()
+        (taken,), (radius,) = judged.radii(observation[None])
+        assert (certificate.prediction, certificate.radius) == (taken, radius) == (action, radius)
+        observation = env.step(int(action))[0]
+    plain.save(tmp_path / "trace.json")
+    assert RadiusTrace.load(tmp_path / "trace.json").radii.tolist() == plain.radii.tolist()
+    plain.plot(tmp_path / "trace.png")
+    assert "lipschitz" in plain.table()
+    assert "confidence 100%" in plain.table()
+
+
+@pytest.mark.parametrize(
+    "change", [{"alpha": 0.05}, {"alpha_per_step": 0.002}, {"method": "one-sided"}, {"noise": {"kind": "none"}}]
+)
+def test_a_trace_without_noise_claims_no_level(plain: RadiusTrace, tmp_path: Path, change: dict[str, Any]) -> None:
+    plain.save(tmp_path / "trace.json")
+    document = json.loads((tmp_path / "trace.json").read_text())
+    (tmp_path / "trace.json").write_text(json.dumps(document | change))
+    with pytest.raises(CertificateError, match="no trace"):
+        RadiusTrace.load(tmp_path / "trace.json")
+
+
+def test_frames_are_stacked_for_a_policy_without_noise() -> None:
+    weights = torch.randn(2, 12, generator=torch.Generator().manual_seed(0))
+    network = torch.nn.Linear(12, 2)
+    network.weight.data.copy_(weights)
+    policy = PolicyView.from_torch(network, kind="q", observation_shape=(12,), n_frames=3)
+    trace = radius_trace(policy, replace(RECIPE, noise=None, frame_stack=3), method="lipschitz", seed=0)
+    assert {c.evidence["dimension"] for c in trace.certificates} == {12}
+    assert any("eps sqrt(k)" in sentence for sentence in trace.certificates[0].not_covered)
+
+
+def test_methods_and_agents_go_together() -> None:
+    agent = MajorityVoteAgent(balancer(), rrl.Gaussian(0.2), votes=10)
+    for who, method in ((agent, "lipschitz"), (balancer(), "one-sided")):
+        with pytest.raises(TypeError, match="agent must be a MajorityVoteAgent, or a policy for method 'lipschitz'"):
+            radius_trace(who, RECIPE, method=method)
