@@ -17,7 +17,7 @@ from gymnasium.utils import EzPickle
 
 from robustrl.errors import ChainError
 
-FIXED = (FunctionType, ModuleType, EnvSpec)
+FIXED = (type, FunctionType, ModuleType, EnvSpec)
 """What no step changes."""
 SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 """Fixed too, as long as nobody draws from them."""
