@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from robustrl.errors import check_real
 from robustrl.networks.activations import FAMILIES, LeakyReLU, SmoothActivation
-from robustrl.networks.extractors import Contraction, LipschitzCNN, LipschitzMLP
+from robustrl.networks.extractors import Contraction, LipschitzCNN, LipschitzExtractor, LipschitzMLP
 from robustrl.networks.skew_orthogonal import Householder, MaxMin, OrthogonalLinear, SkewOrthogonalConv2d
 
 UP = 1 + 1e-11
@@ -175,8 +175,9 @@ def _(layer: LipschitzMLP) -> list[Link]:
     return [*chain(nn.Flatten()), *(link for part in layer.layers for link in chain(part))]
 
 
-@known.register
-def _(layer: LipschitzCNN) -> list[Link]:
+@known.register(LipschitzExtractor)
+@known.register(LipschitzCNN)
+def _(layer: LipschitzExtractor) -> list[Link]:
     return [*(link for part in layer.layers for link in chain(part)), *chain(nn.Flatten())]
 
 
