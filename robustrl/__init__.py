@@ -42,12 +42,14 @@ if TYPE_CHECKING:
     from robustrl.rollouts.deterministic import certify_deterministic
     from robustrl.suite import attack_suite
     from robustrl.threat import Ledger, ThreatModel
-    from robustrl.training import presets
+    from robustrl.training import presets, supervised
     from robustrl.training.adversary import train_adversary
     from robustrl.training.denoise import denoise
+    from robustrl.training.distil import distil
     from robustrl.training.robust import SADQN, SAPPO
     from robustrl.training.robust_sarsa import robust_sarsa
     from robustrl.training.snooping import snoop
+    from robustrl.training.supervised import RobustTrainer
     from robustrl.training.train import train
     from robustrl.verification import Verification, verify_certificate
 
@@ -85,9 +87,11 @@ _HOMES = {
     "robustrl.threat": ("Ledger", "ThreatModel"),
     "robustrl.training.adversary": ("train_adversary",),
     "robustrl.training.denoise": ("denoise",),
+    "robustrl.training.distil": ("distil",),
     "robustrl.training.robust": ("SADQN", "SAPPO"),
     "robustrl.training.robust_sarsa": ("robust_sarsa",),
     "robustrl.training.snooping": ("snoop",),
+    "robustrl.training.supervised": ("RobustTrainer",),
     "robustrl.training.train": ("train",),
     "robustrl.verification": ("Verification", "verify_certificate"),
 }
@@ -102,6 +106,7 @@ _MODULES = {
     "policy": "robustrl.policy",
     "presets": "robustrl.training.presets",
     "rollouts": "robustrl.rollouts",
+    "supervised": "robustrl.training.supervised",
 }
 _NAMES = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -125,6 +130,7 @@ __all__ = [
     "Normalization",
     "QuantisedGaussian",
     "RadiusCertificate",
+    "RobustTrainer",
     "SafeSetCertificate",
     "Smoothed",
     "Splitting",
@@ -147,6 +153,7 @@ __all__ = [
     "certify_success",
     "check_chain",
     "denoise",
+    "distil",
     "envs",
     "episode_budget",
     "explore",
@@ -163,6 +170,7 @@ __all__ = [
     "robust_sarsa",
     "rollouts",
     "snoop",
+    "supervised",
     "train",
     "train_adversary",
     "verify_certificate",

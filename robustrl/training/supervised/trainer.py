@@ -226,9 +226,7 @@ class _Training:
     def _check(self, losses: Tensor) -> None:
         """Once in a while: asking at every step would make the device wait, and no later loss hides one that is not finite."""
         if not bool(losses.isfinite()) or not all(bool(parameter.isfinite().all()) for parameter in self._learned()):
-            self.best.restore(self.module, self.optimizer, self.average)
-            if self.best.average is not None:
-                self.module.load_state_dict(self.best.average)
+            self.module.load_state_dict(self.best.result)
             self.module.eval()
             raise RuntimeError(
                 "the loss or a weight is not finite: try a smaller learning_rate; the module has its best weights so far"
@@ -319,7 +317,7 @@ class _Training:
             self.best = Snapshot.of(self.module, self.optimizer, self.average)
         if collapsed:
             assert self.guard is not None
-            self.best.restore(self.module, self.optimizer, self.average)
+            self.average = self.best.restore(self.module, self.optimizer)
             self.attack = self.attack.scaled(self.guard.factor)
         rollbacks = sum(row.collapsed for row in self.history)
         spent = self.guard is not None and rollbacks >= self.guard.most
@@ -327,9 +325,7 @@ class _Training:
 
     def _finish(self) -> RobustFit:
         last = copied(self.module) if self.average is None else self.average.weights
-        best = last
-        if self.history:
-            best = self.best.weights if self.best.average is None else self.best.average
+        best = self.best.result if self.history else last
         self.module.load_state_dict(best if self.settings.keep == "best" else last)
         self.module.eval()
         epoch = self.history[self.stopping.best_index].epoch if self.history else math.nan

@@ -24,29 +24,6 @@ def copied(module: nn.Module) -> Weights:
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """All that training goes on from, bit by bit: weights, buffers, the optimiser's state, the moving average."""
-
-    weights: Weights
-    optimizer: dict[str, Any]
-    average: Weights | None
-
-    @classmethod
-    def of(cls, module: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None) -> Snapshot:
-        """As they are now."""
-        # An optimiser's state_dict shares its tensors, which it then writes to.
-        kept = None if average is None else {name: tensor.clone() for name, tensor in average.weights.items()}
-        return cls(copied(module), copy.deepcopy(optimizer.state_dict()), kept)
-
-    def restore(self, module: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None) -> None:
-        """Back to that; the snapshot stays good for another time."""
-        module.load_state_dict(self.weights)
-        optimizer.load_state_dict(copy.deepcopy(self.optimizer))
-        if average is not None and self.average is not None:
-            average.weights = {name: tensor.clone() for name, tensor in self.average.items()}
-
-
 class Average:
     """Exponential moving average of a module's weights; buffers that are not floats are the newest.
 
@@ -54,13 +31,13 @@ class Average:
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        self.weights, self.decay, self._steps = copied(module), decay, 0
+        self.weights, self.decay, self.steps = copied(module), decay, 0
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Take the weights as they are now."""
-        decay = min(self.decay, (1 + self._steps) / (10 + self._steps))
-        self._steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        self.steps += 1
         for name, tensor in module.state_dict().items():
             if tensor.is_floating_point():
                 self.weights[name].lerp_(tensor, 1 - decay)
@@ -76,6 +53,32 @@ class Average:
             yield
         finally:
             module.load_state_dict(own)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that training goes on from, bit by bit: weights, buffers, the optimiser's state, the moving average."""
+
+    weights: Weights
+    optimizer: dict[str, Any]
+    average: Average | None
+
+    @classmethod
+    def of(cls, module: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None) -> Snapshot:
+        """As they are now."""
+        # An optimiser's state_dict shares its tensors, which it goes on writing to.
+        return cls(copied(module), copy.deepcopy(optimizer.state_dict()), copy.deepcopy(average))
+
+    def restore(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> Average | None:
+        """Back to that, as often as wanted; the moving average to go on with."""
+        module.load_state_dict(self.weights)
+        optimizer.load_state_dict(copy.deepcopy(self.optimizer))
+        return copy.deepcopy(self.average)
+
+    @property
+    def result(self) -> Weights:
+        """The averaged weights, if there are any."""
+        return self.weights if self.average is None else self.average.weights
 
 
 @contextmanager

@@ -109,6 +109,14 @@ def test_masked_entries_stay(attack: InnerAttack, norm: Any) -> None:
     assert bool((delta[:, mask] != 0).all())
 
 
+@pytest.mark.parametrize("entries", [1, 5])
+def test_random_starts_are_at_even_distances_whatever_is_masked(entries: int) -> None:
+    found = sizes(Region.of(EPSILON, 2, mask=torch.arange(5) < entries).random(torch.zeros(4000, 5), 2, generator()), 2)
+    assert torch.allclose(
+        found.quantile(torch.tensor([0.25, 0.5, 0.75, 1]).double()) / EPSILON, torch.arange(1, 5).double() / 2, atol=0.05
+    )
+
+
 @pytest.mark.parametrize("norm", ["inf", 2])
 @pytest.mark.parametrize("attack", EVERY)
 def test_units_scale_perturbations_entry_by_entry(attack: InnerAttack, norm: Any) -> None:
@@ -135,7 +143,8 @@ def test_no_attack_changes_nothing() -> None:
 def test_gradients_of_weights_stay_as_they_were(attack: InnerAttack) -> None:
     module = nn.Linear(5, 1)
     module.weight.grad = torch.full_like(module.weight, 7.0)
-    attack.perturb(lambda x: module(x)[:, 0], X.clone().requires_grad_(), EPSILON, generator=generator())
+    delta = attack.perturb(lambda x: module(x)[:, 0], X.clone().requires_grad_(), EPSILON, generator=generator())
+    assert not delta.requires_grad
     assert bool((module.weight.grad == 7).all())
     assert module.bias.grad is None
 

@@ -49,7 +49,7 @@ def test_one_step_of_attack_makes_digits_robust(attack: str, seed: int) -> None:
     [
         (0.25, 0.95, {0.25: 0.86, 0.5: 0.64, 0.75: 0.29, 1.0: 0.03}),
         (0.5, 0.95, {0.25: 0.85, 0.5: 0.65, 0.75: 0.33, 1.0: 0.05}),
-        (1.0, 0.92, {0.25: 0.82, 0.5: 0.63, 0.75: 0.38, 1.0: 0.11}),
+        (1.0, 0.94, {0.25: 0.83, 0.5: 0.64, 0.75: 0.38, 1.0: 0.11}),
     ],
 )
 def test_margins_make_networks_of_constant_one_certifiably_right(
