@@ -78,6 +78,7 @@ INTERRUPTED = 130
 
 app.command()(cli_training.train)
 app.command()(cli_training.denoise)
+app.command()(cli_training.distil)
 
 
 @app.command()

@@ -190,3 +190,77 @@ def denoise(
             f"mean return of {evaluate_episodes} smoothed episodes: {returns[0][1]:.4g} at first, {best:.4g} after {after} updates"
         )
     print(f"next: robustrl certify {out}")
+
+
+def distil(
+    target: Target,
+    out: Annotated[Path, typer.Option(help="Run directory to write.")],
+    env: EnvId = None,
+    env_kwargs: EnvKwargs = None,
+    algo: Algo = None,
+    frame_stack: FrameStack = None,
+    normalization: NormalizationFile = None,
+    max_episode_steps: Horizon = None,
+    network: Annotated[
+        str,
+        typer.Option(help="same as the teacher's, mlp (Stable-Baselines3's own), lipschitz-mlp or lipschitz-cnn (pictures)."),
+    ] = "same",
+    activation: Activation = None,
+    epsilon: Annotated[float, typer.Option(help="Radius per step of the attack that the student learns under.")] = 0.1,
+    norm: Annotated[str | None, typer.Option(help="Norm of --epsilon: inf (the default) or 2.")] = None,
+    attack_name: Annotated[
+        str, typer.Option("--attack", help="n-fgsm (reaches three times as far as --epsilon), fgsm-rs, pgd or none.")
+    ] = "n-fgsm",
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="Of the teacher's scores; default 1 for logits, the median lead of the best action for action values."
+        ),
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option(help="How often observations are gathered; by the teacher first, then by the student.")
+    ] = 4,
+    observations: Annotated[int, typer.Option(help="Observations per round.")] = 10_000,
+    attacked_share: Annotated[float, typer.Option(help="Part of them from episodes in which the actor is attacked.")] = 0.5,
+    epochs: Annotated[int, typer.Option(help="Passes over the observations per round, twice as many in the last one.")] = 5,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="The highest; default 0.005, and 0.02 for Lipschitz networks.")
+    ] = None,
+    seed: Seed = 0,
+    policy_kwargs: PolicyKwargs = None,
+    trust: Trust = False,
+) -> None:
+    """Distil a dqn, ppo or a2c policy into a new network that does the same under attack, into a run directory."""
+    from robustrl.training.distil import distil_run
+    from robustrl.training.run_files import RunInfo
+
+    changes = {
+        "frame_stack": frame_stack,
+        "normalization": read_normalization(normalization, trust),
+        "max_episode_steps": max_episode_steps,
+        "env_kwargs": parse_object("--env-kwargs", env_kwargs),
+    }
+    model, recipe = open_model(target, env, algo, changes, policy_kwargs, trust)
+    settings = {
+        "network": network,
+        "activation": activation,
+        "epsilon": epsilon,
+        "norm": norm,
+        "attack": attack_name,
+        "temperature": temperature,
+        "rounds": rounds,
+        "observations": observations,
+        "attacked_share": attacked_share,
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+    }
+    distil_run(model, recipe, out, seed=seed, progress_bar=True, **settings)
+    shares = RunInfo.load(out).hyperparameters["distilled"]["agreement"]
+    print(f"distilled {target} on {recipe.label} with {attack_name}, epsilon {epsilon:g}: {out / 'model.zip'}")
+    if shares:
+        print(
+            "held-out observations on which it does what its teacher does: {clean:.1%}, {pgd:.1%} under PGD".format(
+                **shares[-1]
+            )
+        )
+    print(f"next: robustrl attack {out} --norm {norm or 'inf'} --epsilon {epsilon:g}")
