@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from robustrl.certify.classify import radius_from_counts
     from robustrl.certify.deterministic import DeterministicCertificate
     from robustrl.certify.episode import EpisodeCertificate
+    from robustrl.certify.lipschitz import LipschitzScores
     from robustrl.certify.radius import RadiusCertificate
     from robustrl.certify.returns import certify_quantile, certify_return, certify_success, episode_budget, plug_in_return
     from robustrl.certify.safe_set import SafeSetCertificate
@@ -65,6 +66,7 @@ _HOMES = {
     "robustrl.certify.classify": ("radius_from_counts",),
     "robustrl.certify.deterministic": ("DeterministicCertificate",),
     "robustrl.certify.episode": ("EpisodeCertificate",),
+    "robustrl.certify.lipschitz": ("LipschitzScores",),
     "robustrl.certify.radius": ("RadiusCertificate",),
     "robustrl.certify.returns": ("certify_quantile", "certify_return", "certify_success", "episode_budget", "plug_in_return"),
     "robustrl.certify.safe_set": ("SafeSetCertificate",),
@@ -126,6 +128,7 @@ __all__ = [
     "Ledger",
     "LipschitzCNN",
     "LipschitzMLP",
+    "LipschitzScores",
     "Noise",
     "Normalization",
     "QuantisedGaussian",

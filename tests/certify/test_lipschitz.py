@@ -193,6 +193,9 @@ def test_ties_have_no_radius_and_no_statement() -> None:
     assert judged.costs([[2.0, 0.0]])[0].tolist()[:2] == [0, 0]
     assert judged.radii([[2.0, 0.0]])[1].tolist() == [0]
     assert judged.certificates([[2.0, 0.0]])[0].abstained
+    nothing = LipschitzScores.of(linear(np.zeros((2, 2))))
+    assert nothing.costs([[2.0, 0.0]]).tolist() == [[0, 0]]
+    assert nothing.certificates([[2.0, 0.0]])[0].abstained
 
 
 def test_what_no_attack_can_reach_costs_infinity() -> None:
