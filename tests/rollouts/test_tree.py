@@ -18,7 +18,7 @@ from robustrl.envs.recipe import EnvRecipe
 from robustrl.errors import ChainError
 from robustrl.policy import PolicyView
 from robustrl.rollouts.deterministic import certify_deterministic
-from tests.rollouts.brute import Maze, Streak, all_paths, linear, worst
+from rollouts.brute import Maze, Streak, all_paths, linear, worst
 
 HORIZON = 5
 BUDGETS = [0.0, 0.1, 0.3, 0.6, 1.0, 2.0]
