@@ -53,8 +53,8 @@ class RobustTrainer:
         awp: size of adversarial weight perturbations, relative to the weights, e.g. 0.005; one more forward and backward pass.
         ema: decay of a moving average of the weights, e.g. 0.999, which is then evaluated and kept; 0 for none.
         trades: beta of `TRADES`, e.g. 6; None for the loss itself on attacked inputs.
-        batch_statistics: attack in training mode, so that batch norm and dropout do what they do in training; running statistics then
-            see attacked batches twice.
+        batch_statistics: attack inputs and weights in training mode, so that batch norm and dropout do what they do in training;
+            running statistics then see attacked batches more than once.
         guard: recognise catastrophic overfitting after the warm-up, go back to the best weights and shorten the attack's steps; True,
             False, or a `CollapseGuard`. Plain training has nothing to guard.
         hold_out: share of the episodes to evaluate on, unless `fit` is given others; 0 for none.
@@ -247,7 +247,9 @@ class _Training:
         region = replace(self.region, epsilon=risen * self.region.epsilon)
         attacked = x + self._perturbation(region, x, targets)
         if settings.awp:
+            self.module.train(settings.batch_statistics)
             gradients = torch.autograd.grad(self._objective(region, x, attacked, targets), self._learned(), allow_unused=True)
+            self.module.train()
             with adversarial_weights(self.module, gradients, settings.awp):
                 loss = self._descend(region, x, attacked, targets)
         else:

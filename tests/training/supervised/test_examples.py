@@ -19,7 +19,7 @@ def examples(*, episodes: bool = True) -> Examples:
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("share", [0.05, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("share", [0.05, 0.12, 0.5, 0.99])
 def test_hold_out_shares_no_episode_and_loses_no_row(share: float, seed: int) -> None:
     kept, held = examples().split(share, seed)
     assert kept.episodes is not None

@@ -96,7 +96,7 @@ def test_trades_is_the_clean_loss_and_beta_times_the_divergence(loss: Loss, targ
 
 
 def test_divergence_is_that_of_softmax_at_the_loss_own_temperature() -> None:
-    attacked = SCORES.flip(1)
+    attacked = TEACHER
     for temperature in (0.5, 2.0):
         one, other = softmax(SCORES[0] / temperature), softmax(attacked[0] / temperature)
         expected = sum(p * math.log(p / q) for p, q in zip(one, other, strict=True))

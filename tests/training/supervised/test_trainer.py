@@ -272,6 +272,14 @@ def test_attacks_leave_batch_norm_alone_unless_asked(batch_statistics: bool, per
     assert int(module[1].num_batches_tracked) == 10 * per_step
 
 
+@pytest.mark.parametrize(("batch_statistics", "per_step"), [(False, 1), (True, 2)])
+def test_attacks_on_weights_leave_batch_norm_alone_unless_asked(batch_statistics: bool, per_step: int) -> None:
+    module = network()
+    settings = SMALL | {"epochs": 1, "hold_out": 0.0, "batch_statistics": batch_statistics}
+    RobustTrainer("none", awp=0.01, **settings).fit(module, examples())
+    assert int(module[1].num_batches_tracked) == 10 * per_step
+
+
 def test_no_batch_is_a_single_left_over_row() -> None:
     attack = Spy()
     RobustTrainer(attack, epochs=1, batch_size=128, hold_out=0).fit(network(), examples().draw(129, 0))
