@@ -118,7 +118,7 @@ def certify_images(
     level = 0.0 if exact else alpha if alpha_total is None else check_alpha(alpha_total, "alpha_total") / len(chosen)
     share = alpha if exact else level  # which exact methods do not look at
     if noise is None:
-        network = LipschitzScores.of(model if device is None else model.to(device))
+        network = LipschitzScores.of(model.to(device) if device is not None and isinstance(model, torch.nn.Module) else model)
         own, classes = check_choice("norm", 2 if norm is None else norm, NORMS), network.scores(found[:1]).shape[1]
     else:
         probe = Smoothed(model, noise, device=device)

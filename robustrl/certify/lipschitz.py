@@ -21,7 +21,7 @@ from robustrl.certify.classify import certified, provenance
 from robustrl.certify.margins import Floats, from_l2, pushes
 from robustrl.certify.radius import RadiusCertificate
 from robustrl.errors import check_count, check_finite_array
-from robustrl.networks.constants import UP, Link, chain, constant, known
+from robustrl.networks.constants import UP, Link, chain, claims, constant, known
 from robustrl.policy.actions import refuse_broken
 from robustrl.policy.sb3 import _Entry, _Network
 from robustrl.policy.view import PolicyView, _ChannelsFirst, _Normalized, _NumpyTanh
@@ -238,7 +238,7 @@ class LipschitzScores:
         self._head = last if type(last) is nn.Linear else None  # a subclass may compute anything
         self._links = links if self._head is None else links[:-1]
         self._lipschitz = constant(self._links) * UP
-        self._trusted = tuple(sorted({link.trusted for link in self._links if link.trusted is not None}))
+        self._trusted = claims(links)
         self._state = {name: copy.deepcopy(value) for name, value in state.items()}, layers
 
 
@@ -284,7 +284,8 @@ def _(layer: _Network) -> list[Link]:
     def side_by_side(joint: Tensor) -> Tensor:
         return torch.cat([_apply(part, x) for part, x in zip(parts, torch.split(joint, sizes, dim=1), strict=True)], dim=1)
 
-    return [Link(side_by_side, max(map(constant, parts))), *chain(layer.heads)]
+    trusted = claims(link for part in parts for link in part)
+    return [Link(side_by_side, max(map(constant, parts)), trusted), *chain(layer.heads)]
 
 
 def _scaling(entry: _Entry) -> Link:

@@ -35,12 +35,12 @@ class Link:
     Attributes:
         function: what it computes of (n, *inputs).
         lipschitz: how much further apart, in l2, outputs can be than inputs.
-        trusted: the class of a layer whose constant is its own claim.
+        trusted: the classes of layers whose constants are their own claims.
     """
 
     function: Callable[[Tensor], Tensor]
     lipschitz: float
-    trusted: str | None = None
+    trusted: tuple[str, ...] = ()
 
 
 def chain(layer: nn.Module) -> list[Link]:
@@ -57,7 +57,7 @@ def chain(layer: nn.Module) -> list[Link]:
     if type(layer) in known.registry:
         links = known(layer)
     elif callable(claim := getattr(layer, "lipschitz", None)):
-        links = [Link(layer, claim(), trusted=name)]
+        links = [Link(layer, claim(), trusted=(name,))]
     else:
         raise TypeError(
             f"no Lipschitz constant is known of layer {name}; give it a method lipschitz() if you have a proof of one"
@@ -71,6 +71,11 @@ def chain(layer: nn.Module) -> list[Link]:
 def constant(links: Iterable[Link]) -> float:
     """The constant of a chain."""
     return math.prod(link.lipschitz for link in links)
+
+
+def claims(links: Iterable[Link]) -> tuple[str, ...]:
+    """Classes of layers in a chain whose constants are their own claims, in order."""
+    return tuple(sorted({name for link in links for name in link.trusted}))
 
 
 @functools.singledispatch

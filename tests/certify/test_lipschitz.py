@@ -347,6 +347,14 @@ class Camera(gym.Env[Any, Any]):
     action_space = spaces.Discrete(3)
 
 
+class Stretch(nn.Flatten):
+    def lipschitz(self) -> float:
+        return 3.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
 def test_parts_of_a_dictionary_are_side_by_side() -> None:
     model = DQN("MultiInputPolicy", Camera(), buffer_size=10, policy_kwargs={"net_arch": []}, device="cpu")
     judged = LipschitzScores.of(model)
@@ -364,6 +372,11 @@ def test_parts_of_a_dictionary_are_side_by_side() -> None:
             parameter.mul_(20)
     upper, found = judged.audit(x)
     assert 1 < found <= upper
+    assert judged.trusted == ()
+    model.q_net.features_extractor.extractors["pose"] = Stretch()
+    assert judged.trusted == ("Stretch",)
+    judged.audit(x)
+    assert any("layers Stretch" in sentence for sentence in judged.certificates(x)[0].not_covered)
 
 
 def test_a_normalisation_widens_by_its_smallest_scale() -> None:

@@ -177,7 +177,7 @@ def test_layers_without_a_known_constant_are_named(make: Callable[[], nn.Module]
 
 def test_a_claim_is_taken_and_marked() -> None:
     layer = Claims(3.0)
-    assert chain(nn.Sequential(nn.ReLU(), layer))[1] == Link(layer, 3.0, trusted="Claims")
+    assert chain(nn.Sequential(nn.ReLU(), layer))[1] == Link(layer, 3.0, trusted=("Claims",))
 
 
 @pytest.mark.parametrize("claim", [float("nan"), float("inf"), -1.0])
