@@ -113,6 +113,22 @@ def test_certified_share_is_that_of_the_margins() -> None:
     assert evaluate(module, examples, epsilon=0.1, norm=2, mask=torch.full((6,), 2.0)).certified == report.certified
 
 
+class Waves(nn.Module):
+    """Scores whose gradients lead nowhere."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.stack(((60 * inputs).sin().sum(1), (60 * inputs).cos().sum(1)), 1)
+
+
+def test_what_one_attack_has_turned_no_other_turns_back() -> None:
+    x = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+    examples = Examples(x, (torch.arange(500) % 3 == 0).long())
+    trial = Trial(Region.of(0.05), CrossEntropy(), steps=3, restarts=2, targeted=True)
+    clean, fgsm, pgd = trial.run(Waves(), examples)
+    assert bool(clean.any() & (~clean).any())
+    assert not bool((fgsm & ~clean).any() | (pgd & ~fgsm).any())
+
+
 class Liar(nn.Module):
     """Claims a constant that is not its own."""
 
