@@ -147,7 +147,7 @@ class LipschitzCNN(LipschitzExtractor):
         strides: of the layers.
         kernel_size: odd; of the pictures after the stride.
         activation: see `between`; those of pairs keep norms.
-        padding_mode, terms, max_norm, checkpoint: see `SkewOrthogonalConv2d`.
+        padding_mode, terms, max_norm, normalizer, checkpoint: see `SkewOrthogonalConv2d`.
     Raises:
         ValueError: if an argument is out of range or the space is no Box of three axes.
     """
@@ -162,7 +162,8 @@ class LipschitzCNN(LipschitzExtractor):
         activation: str = "maxmin",
         padding_mode: str = "zeros",
         terms: int = 8,
-        max_norm: float = 2.1,
+        max_norm: float | None = None,
+        normalizer: str = "symbol",
         checkpoint: bool = False,
     ) -> None:
         if not isinstance(observation_space, spaces.Box) or len(observation_space.shape) != 3:
@@ -178,6 +179,7 @@ class LipschitzCNN(LipschitzExtractor):
                 padding_mode=padding_mode,
                 terms=terms,
                 max_norm=max_norm,
+                normalizer=normalizer,
                 checkpoint=checkpoint,
             )
             layers += [convolution, act(outputs)]
