@@ -18,14 +18,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from toys import Pixels, Steps
 
 from robustrl import presets
-from robustrl.api import load_agent
-from robustrl.attacks import ATTACKS
+from robustrl.api import attack_policy, load_agent
+from robustrl.attacks import ATTACKS, GradientAttack, Margin
 from robustrl.envs.chain import layers_of
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.errors import ChainError
 from robustrl.noise import Gaussian
-from robustrl.policy import PolicyView
+from robustrl.policy import Normalization, PolicyView
 from robustrl.policy.loading import load_model
+from robustrl.rollouts.collect import collect, make_job
 from robustrl.threat import ThreatModel
 from robustrl.training import train as train_module
 from robustrl.training.presets import Preset, preset_for
@@ -310,3 +311,77 @@ def test_an_attack_that_cannot_serve_the_learner_leaves_no_folder(
 def test_a_robustness_option_without_its_algorithm_says_what_takes_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"epsilon.*sa_ppo.*sa-ppo.*--attack"):
         quick(tmp_path / "run", hyperparameters={"epsilon": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("algo", "robust", "kind", "loaded", "network", "activation"),
+    [
+        ("ppo", "fgsm-rs", SAPPO, PPO, None, "swish:4"),
+        ("dqn", "n-fgsm", SADQN, DQN, "lipschitz-mlp", "maxmin"),
+        ("sa_ppo", "pgd", SAPPO, PPO, "lipschitz-mlp", None),
+    ],
+)
+def test_robust_training_ends_with_the_weights_that_did_best_under_attack(
+    tmp_path: Path, algo: str, robust: str, kind: Any, loaded: Any, network: str | None, activation: str | None
+) -> None:
+    hyperparameters = {**QUICK[algo.removeprefix("sa_")], "epsilon": 0.05, "learning_rate": 3e-3}
+    options = {"robust": robust, "network": network, "activation": activation, "timesteps": 640}
+    env = replace(RECIPE, noise=None, max_episode_steps=40)
+    model = quick(tmp_path / "run", algo, env=env, hyperparameters=hyperparameters, **options)
+    assert type(model) is kind
+    assert model.loss == robust
+    run = RunInfo.load(tmp_path / "run")
+    assert run.algo == {"ppo": "sa_ppo", "dqn": "sa_dqn"}.get(algo, algo)
+    assert run.hyperparameters.get("network") == network
+    best, last = load_agent(tmp_path / "run"), load_model(tmp_path / "run" / "model-last.zip")
+    assert type(best) is loaded
+    assert PolicyView.of(best).fingerprint() == PolicyView.of(model).fingerprint()
+    events = EventAccumulator(str(tmp_path / "run" / "tb"))
+    events.Reload()
+    worst = {row.step: row.value for row in events.Scalars("robust_eval/worst")}
+    kept = run.hyperparameters["robust"]
+    assert kept["worst_mean_return"] == pytest.approx(max(worst.values()))
+    attack = GradientAttack(Margin()), ThreatModel(norm=math.inf, step=0.05)
+    means = [min(attack_policy(each, env, *attack, 20, seed=0).mean, clean_mean(each, env)) for each in (best, last)]
+    assert means[0] == pytest.approx(kept["worst_mean_return"])
+    assert means[0] >= means[1]
+
+
+def clean_mean(model: Any, env: EnvRecipe) -> float:
+    return float(collect(make_job(env.view(model), env, seed=0), 20).returns.mean())
+
+
+def test_the_best_weights_come_with_what_normalised_their_observations(tmp_path: Path) -> None:
+    env = replace(RECIPE, noise=None, max_episode_steps=40)
+    model = quick(
+        tmp_path, env=env, normalize=True, timesteps=640, robust="fgsm-rs", hyperparameters={**QUICK["ppo"], "epsilon": 0.1}
+    )
+    run = RunInfo.load(tmp_path)
+    kept, live = run.env.normalization, Normalization.of(model.get_vec_normalize_env())
+    assert kept is not None
+    assert (kept == live) == (run.hyperparameters["robust"]["timesteps"] == model.num_timesteps)
+    assert (tmp_path / "normalization-last.npz").exists() == (kept != live)
+    threat = ThreatModel(norm=math.inf, step=0.1, units="normalized")
+    again = attack_policy(load_agent(tmp_path), run.env, GradientAttack(Margin()), threat, 20, seed=0).mean
+    worst = run.hyperparameters["robust"]["worst_mean_return"]
+    assert min(again, clean_mean(load_agent(tmp_path), run.env)) == pytest.approx(worst)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"robust": "fgsm"}, "robust must be one of"),
+        ({"robust": "pgd", "algo": "a2c"}, "robust 'pgd' needs algo ppo, dqn, sa_ppo or sa_dqn, got a2c"),
+        ({"robust": "pgd", "hyperparameters": {"loss": "ibp"}}, "robust and the hyper-parameter loss exclude each other"),
+        ({"network": "resnet"}, "network must be one of"),
+        ({"activation": "sine"}, "activation must be one of"),
+        (
+            {"network": "lipschitz-mlp", "hyperparameters": {"policy_kwargs": {"net_arch": [8]}}},
+            "hyperparameters must not set net_arch in policy_kwargs beside network",
+        ),
+    ],
+)
+def test_what_robust_training_cannot_do_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quick(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
