@@ -19,7 +19,7 @@ from robustrl.envs.units import covering_budgets, frame_units
 from robustrl.errors import CertificateError, check_count
 from robustrl.rollouts.chunk import Job, run_chunk
 from robustrl.rollouts.collect import make_job
-from robustrl.rollouts.deterministic import check_statement, replay_paths
+from robustrl.rollouts.deterministic import check_statement, code_of, replay_paths
 from robustrl.rollouts.executor import build, one_thread
 from robustrl.threat import ThreatModel
 
@@ -139,6 +139,8 @@ def _verify_search(certificate: DeterministicCertificate, model: Any, env: Any, 
     policy = recipe.view(model)
     if policy.fingerprint() != recorded.get("policy_hash"):
         raise CertificateError("the model is not the certified one: its weights have another hash")
+    if recorded.get("versions") == build() and recorded.get("code") != code_of(recipe):
+        raise CertificateError("env is not the certified environment: its factory or wrappers have other code")
     return Verification(certificate, tuple(replay_paths(certificate, policy, recipe, check_count("replay", replay))))
 
 

@@ -33,15 +33,12 @@ CHUNK = 4096
 """Episodes per branch of the seed tree."""
 SAME = 1e-3
 """What float32 on another machine, or in another batch, may make of a cost, relative to the largest of the state."""
-REWARDS: dict[str, float] = {
+REWARDS = {
     "gymnasium.envs.classic_control.cartpole:CartPoleEnv": 1.0,
     "gymnasium.envs.classic_control.acrobot:AcrobotEnv": -1.0,
     "gymnasium.envs.classic_control.mountain_car:MountainCarEnv": -1.0,
-    "gymnasium.envs.toy_text.frozen_lake:FrozenLakeEnv": 0.0,
-    "gymnasium.envs.toy_text.cliffwalking:CliffWalkingEnv": -100.0,
-    "gymnasium.envs.toy_text.taxi:TaxiEnv": -10.0,
 }
-"""Least reward of a step of Gymnasium's own environments with their default arguments, by entry point."""
+"""Least reward of a step of Gymnasium's own environments without arguments, by entry point."""
 
 
 def certify_deterministic(
@@ -121,7 +118,7 @@ def certify_deterministic(
         provenance={
             "policy_hash": policy.fingerprint(),
             "recipe": recipe.to_dict(),
-            "code": [identity(part) for part in (recipe.factory, *recipe.wrappers) if part is not None],
+            "code": code_of(recipe),
             "env": recipe.label,
             "units": frame_units(recipe),
             "seed": seed,
@@ -138,6 +135,11 @@ def certify_deterministic(
             "its copies share"
         ) from None
     return certificate
+
+
+def code_of(recipe: EnvRecipe) -> list[str]:
+    """What tells factories and wrappers apart, within a build."""
+    return [identity(part) for part in (recipe.factory, *recipe.wrappers) if part is not None]
 
 
 def make_search(
@@ -169,9 +171,9 @@ def known_reward_low(recipe: EnvRecipe) -> float | None:
     spec = find_spec(recipe.env_id)
     if spec.entry_point == "robustrl.envs.atari:make_atari":
         return known_return_bounds(recipe)[0]  # 0 or -1, of single rewards too: of one round only the last one counts
-    if spec.additional_wrappers or not isinstance(spec.entry_point, str):
+    if spec.additional_wrappers or spec.kwargs:
         return None
-    return REWARDS.get(spec.entry_point)
+    return REWARDS.get(str(spec.entry_point))
 
 
 def sure_return(recipe: EnvRecipe, rest: float) -> float:

@@ -138,7 +138,7 @@ class Stepper:
 
 
 class Episode:
-    """The search of one episode: all budgets at once, those that are within the smallest first.
+    """The search of one episode: all budgets at once, the smallest first.
 
     Of the ways that are within one budget, and not within a smaller one, that of the least sure return goes first: as soon as it is no less
     than what some way to an end within the budget has earned, nothing worse can be found there. Ways are joined where they lead to one state
@@ -185,7 +185,9 @@ class Episode:
                 continue
             child = self.children[label.edge]
             if child == UNSEARCHED:
-                if not self._may_step(label.edge):
+                if not self._may_step(label.edge, level):
+                    if level + 1 < len(self._limits):
+                        heapq.heappush(self._queue, label._replace(level=level + 1))
                     continue
                 child = self._step(label.edge)
                 taken += 1
@@ -219,10 +221,11 @@ class Episode:
         found = (self.times, self.ended, parents, actions, self.children, self.rewards, self.edge_costs)
         return Explored(np.array([self.seed]), np.array([0]), *map(np.array, found))
 
-    def _may_step(self, edge: int) -> bool:
+    def _may_step(self, edge: int, level: int) -> bool:
+        """Whether there is room for a state more; every budget has a share of it, and what smaller ones leave."""
         if not self._search.nodes:
             return self._clean[edge]
-        return len(self.times) < self._search.nodes
+        return len(self.times) * len(self._limits) < self._search.nodes * (level + 1)
 
     def _step(self, edge: int) -> int:
         state, action = self.edges[edge]
