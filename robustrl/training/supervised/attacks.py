@@ -14,11 +14,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from robustrl.attacks.geometry import Pixels, ascent, per_row, project, within
+from robustrl.attacks.geometry import ascent, per_row, project, within
 from robustrl.errors import check_choice, check_count, check_positive, check_real
 
-Bounds = tuple[float, float] | tuple[Tensor, Tensor] | None
-"""The range (low, high) of inputs: numbers, or tensors (*shape); None for no range."""
+Bounds = tuple[Any, Any] | None
+"""The range (low, high) of inputs: numbers, or tensors or arrays (*shape); None for no range."""
 RowLosses = Callable[[Tensor], Tensor]
 """From inputs (n, *shape) to the losses (n,) that an attack climbs."""
 NORMS = {"inf": math.inf, "2": 2.0, math.inf: math.inf, 2: 2.0}
@@ -42,7 +42,7 @@ class Region:
 
     epsilon: float
     norm: float
-    bounds: Pixels
+    bounds: tuple[Tensor, Tensor] | None
     scale: Tensor | None
 
     @classmethod
@@ -54,18 +54,19 @@ class Region:
         """
         if check_real("epsilon", epsilon) < 0:
             raise ValueError(f"epsilon must be >= 0, got {epsilon}")
-        if bounds is not None and not bool(torch.as_tensor(bounds[0] <= bounds[1]).all()):
-            raise ValueError(f"bounds must be (low, high) with low <= high, got {bounds}")
+        if bounds is not None:
+            low, high = (torch.as_tensor(end, dtype=torch.float32) for end in bounds)  # arrays, as those of a Box, too
+            if not bool((low <= high).all()):
+                raise ValueError(f"bounds must be (low, high) with low <= high, got {bounds}")
+            bounds = low, high
         if mask is not None and not bool((mask >= 0).all() & mask.any() & mask.isfinite().all()):
             raise ValueError("mask must hold booleans or finite numbers >= 0, and not only zeros")
         return cls(float(epsilon), check_norm(norm), bounds, None if mask is None else mask.float())
 
     def to(self, device: torch.device) -> Self:
         """The same on a device."""
-        low_high = self.bounds
-        if low_high is not None:
-            low_high = tuple(end.to(device) if isinstance(end, Tensor) else end for end in low_high)  # type: ignore[assignment]
-        return replace(self, bounds=low_high, scale=None if self.scale is None else self.scale.to(device))
+        bounds = None if self.bounds is None else (self.bounds[0].to(device), self.bounds[1].to(device))
+        return replace(self, bounds=bounds, scale=None if self.scale is None else self.scale.to(device))
 
     def random(self, x: Tensor, reach: float, generator: torch.Generator | None) -> Tensor:
         """Points of a ball `reach` times as large: evenly in norm inf, in norm 2 at even distances in random directions."""

@@ -93,7 +93,7 @@ class Examples:
             units, unit_of = torch.unique(self.episodes.cpu(), return_inverse=True)
         if len(units) < 2:
             raise ValueError(f"episodes must be at least two to hold one out, got {len(units)}")
-        held = min(len(units) - 1, math.ceil(share * len(units)))
+        held = min(len(units) - 1, math.ceil(round(share * len(units), 9)))  # 0.07 * 100 is more than 7
         order = torch.randperm(len(units), generator=torch.Generator().manual_seed(check_count("seed", seed, least=0)))
         out = torch.isin(unit_of, order[:held]).to(self.inputs.device)
         return self.rows(torch.nonzero(~out).flatten()), self.rows(torch.nonzero(out).flatten())

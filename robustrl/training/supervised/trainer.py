@@ -38,7 +38,7 @@ class RobustTrainer:
         attack: "none", "fgsm-rs", "n-fgsm" (the default: as cheap as the former, and steadier), "pgd", or an `InnerAttack`.
         epsilon: radius, >= 0, in units of the inputs; or a `ThreatModel` with a radius per step, which replaces norm and mask.
         norm: 2 or "inf", of a whole input.
-        bounds: range (low, high) of inputs, numbers or tensors (*shape); None for no range.
+        bounds: range (low, high) of inputs, numbers, tensors or arrays (*shape); None for no range.
         mask: entries that may change, boolean (*shape), or their units; see `InnerAttack.perturb`.
         epochs: passes over the examples.
         batch_size: examples per step; a pass has equal batches of this size or a little less.

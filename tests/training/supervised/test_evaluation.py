@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from robustrl.errors import CertificateViolationError
 from robustrl.networks.skew_orthogonal import MaxMin, OrthogonalLinear
-from robustrl.training.supervised import Cloning, CrossEntropy, Distillation, Examples, Region, RobustReport, evaluate
+from robustrl.training.supervised import (
+    Cloning,
+    CrossEntropy,
+    Distillation,
+    Examples,
+    Region,
+    RobustReport,
+    RobustTrainer,
+    evaluate,
+)
 from robustrl.training.supervised.evaluation import Trial, alignment, attacking
 
 
@@ -113,6 +122,19 @@ def test_certified_share_is_that_of_the_margins() -> None:
     assert evaluate(module, examples, epsilon=0.1, norm=2, mask=torch.full((6,), 2.0)).certified == report.certified
 
 
+@pytest.mark.parametrize("norm", ["inf", 2])
+def test_no_reported_attack_leaves_the_ball_or_the_range(norm: Any) -> None:
+    module, met = linear(), []
+    x = labelled(module).inputs.clamp(-1, 1)
+    module.register_forward_pre_hook(lambda layer, inputs: met.append(inputs[0].detach()))
+    evaluate(module, Examples(x, torch.arange(len(x)) % 3), epsilon=0.3, norm=norm, bounds=(-1, 1))
+    sizes = torch.stack(
+        [torch.linalg.vector_norm(points - x, ord=float(norm), dim=1).max() for points in met if len(points) == len(x)]
+    )
+    assert 0.29 < float(sizes.max()) <= 0.3 * (1 + 1e-5)
+    assert max(float(points.abs().max()) for points in met) <= 1
+
+
 class Waves(nn.Module):
     """Scores whose gradients lead nowhere."""
 
@@ -123,7 +145,7 @@ class Waves(nn.Module):
 def test_what_one_attack_has_turned_no_other_turns_back() -> None:
     x = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
     examples = Examples(x, (torch.arange(500) % 3 == 0).long())
-    trial = Trial(Region.of(0.05), CrossEntropy(), steps=3, restarts=2, targeted=True)
+    trial = Trial(Region.of(0.05), CrossEntropy(), steps=1, restarts=2)
     clean, fgsm, pgd = trial.run(Waves(), examples)
     assert bool(clean.any() & (~clean).any())
     assert not bool((fgsm & ~clean).any() | (pgd & ~fgsm).any())
@@ -236,3 +258,16 @@ def test_what_is_out_of_range_is_refused(settings: dict[str, Any]) -> None:
     module = linear()
     with pytest.raises(ValueError, match=next(iter(settings))):
         evaluate(module, labelled(module), **settings)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_networks_are_trained_and_attacked_where_they_are() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3)).cuda()
+    examples = labelled(linear())
+    fit = RobustTrainer("n-fgsm", 0.1, epochs=10, bounds=(-3, 3), trades=2.0, ema=0.9).fit(module, examples)
+    assert {tensor.device.type for tensor in fit.best.values()} == {"cuda"}
+    report = evaluate(module, examples, epsilon=0.1, bounds=(-3, 3))
+    assert report.clean > 0.8
+    assert evaluate(module.cpu(), examples, epsilon=0.1, bounds=(-3, 3)).clean == pytest.approx(report.clean, abs=0.01)

@@ -354,7 +354,7 @@ def test_pictures_in_bytes_are_attacked_as_floats_in_their_range() -> None:
     pictures = Examples((examples().inputs * 20 + 128).clamp(0, 255).to(torch.uint8), examples().targets)
     RobustTrainer(attack, 8.0, bounds=(0, 255), **SMALL).fit(network(), pictures)
     assert attack.inputs[0].dtype == torch.float32
-    assert attack.regions[0].bounds == (0, 255)
+    assert attack.regions[0].bounds == (torch.tensor(0.0), torch.tensor(255.0))
 
 
 @pytest.mark.parametrize("value", [math.inf, 1e38])
