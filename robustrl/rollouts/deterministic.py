@@ -256,7 +256,10 @@ def replay_paths(
                 if not looked.size:
                     break
                 edge = looked[np.argmin(tree.costs[looked])] if path == 0 else rng.choice(looked)
-                reward, over = stepper.step(int(tree.actions[edge]), stepper.stack, int(tree.times[state]))
+                try:
+                    reward, over = stepper.step(int(tree.actions[edge]), int(tree.times[state]))
+                except (ValueError, IndexError) as error:
+                    raise CertificateError(f"episode {episode} cannot be played again: {error}") from None
                 state = int(tree.children[edge])
                 if over != tree.ended[state] or not np.isclose(reward, tree.rewards[edge], rtol=1e-9, atol=1e-12):
                     raise CertificateError(f"episode {episode} comes out differently after {tree.times[state]} steps")

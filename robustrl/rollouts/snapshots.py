@@ -5,6 +5,7 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
+import zlib
 from functools import cache
 from types import FunctionType, ModuleType
 from typing import Any
@@ -21,6 +22,9 @@ FIXED = (type, FunctionType, ModuleType, EnvSpec)
 """What no step changes."""
 SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 """Fixed too, as long as nobody draws from them."""
+
+LARGE = 4096
+"""Bytes from which on a state is compressed: pictures are."""
 
 
 class Snapshots:
@@ -48,7 +52,8 @@ class Snapshots:
             raise ValueError(
                 f"the environment cannot be copied in the middle of an episode ({error}); method='prefix' needs no copies"
             ) from error
-        return file.getvalue()
+        raw = file.getvalue()
+        return raw if len(raw) < LARGE else zlib.compress(raw, 1)
 
     def restore(self, state: bytes) -> Any:
         """What was saved, as it was.
@@ -61,7 +66,8 @@ class Snapshots:
                 raise ChainError(
                     f"the environment samples from {part}, which reset(seed=...) does not seed: it has no episodes"
                 )
-        return _Unpickler(io.BytesIO(state), self).load()
+        raw = state if state.startswith(pickle.PROTO) else zlib.decompress(state)
+        return _Unpickler(io.BytesIO(raw), self).load()
 
     def number(self, part: Any) -> int:
         """What a part that is not saved is called."""

@@ -23,8 +23,8 @@ Costs = Callable[[torch.Tensor], Floats]
 """From observations (n, *shape) to what every action costs, (n, K)."""
 BATCH = 64
 """Most actions that one episode looks at between two calls of the network."""
-SIDE_BY_SIDE = 16
-"""Episodes that share a call of the network."""
+SIDE_BY_SIDE, MOST_SAVED = 16, 200_000
+"""Most episodes that share a call of the network, and most states of theirs together that are kept to return to."""
 WAYS_PER_STATE = 20
 """Ways to a state that are followed, on average, before a search is given up."""
 
@@ -82,7 +82,11 @@ class _Label(NamedTuple):
 
 
 class Stepper:
-    """One episode of an environment: steps from states, and what the policy sees there."""
+    """One episode of an environment, and what the policy sees of it.
+
+    Attributes:
+        stack: the last frames, (1, k, *frame).
+    """
 
     def __init__(self, search: Search, seed: int) -> None:
         recipe = self._recipe = search.recipe
@@ -93,18 +97,17 @@ class Stepper:
             return probes[-1]
 
         env = recipe.base_env(inner=probe if recipe.wrappers else None, checked=False)
-        self._live: Any = (env, probes)
+        self._env, self._probes = env, probes
         self._actions, self._reward_low = search.actions, search.reward_low
         frame = self._frame(env.reset(seed=seed)[0])
         for one in probes:
             one.take()
         self.stack = start_stack(frame, recipe.frame_stack, recipe.stack_padding)
 
-    def step(self, action: int, stack: NDArray[Any], time: int) -> tuple[float, bool]:
-        """Reward, and whether the episode is over; `stack` is what the policy saw before."""
-        env, probes = self._live
-        frame, reward, terminated, truncated, _ = env.step(self._actions[action])
-        reward = float(probes[0].take() if probes else reward)
+    def step(self, action: int, time: int) -> tuple[float, bool]:
+        """Reward, and whether the episode is over, `time` + 1 steps after its start."""
+        frame, reward, terminated, truncated, _ = self._env.step(self._actions[action])
+        reward = float(self._probes[0].take() if self._probes else reward)
         label = self._recipe.label
         if not np.isfinite(reward):
             raise ValueError(f"{label} returned rewards that are NaN or inf")
@@ -113,20 +116,20 @@ class Stepper:
         over = bool(terminated or truncated)
         if not over and time + 1 >= self._recipe.horizon:
             raise ValueError(f"{label}: an episode still runs after the horizon of {self._recipe.horizon} steps")
-        self.stack = push_frame(stack, self._frame(frame))
+        self.stack = push_frame(self.stack, self._frame(frame))
         return reward, over
 
     def save(self, snapshots: Snapshots) -> bytes:
-        """The environment's state."""
-        return snapshots.save(self._live)
+        """Everything that the rest of the episode depends on."""
+        return snapshots.save((self._env, self._probes, self.stack))
 
     def restore(self, snapshots: Snapshots, state: bytes) -> None:
-        """Go back to a saved state."""
-        self._live = snapshots.restore(state)
+        """Go back to where it was saved."""
+        self._env, self._probes, self.stack = snapshots.restore(state)
 
     def close(self) -> None:
         """Close the environment."""
-        self._live[0].close()
+        self._env.close()
 
     def _frame(self, observation: Any) -> NDArray[Any]:
         space = self._recipe.raw_space
@@ -153,7 +156,7 @@ class Episode:
         self._queue: list[_Label] = []
         self._labels = self._arrivals = 0
         self._states: dict[bytes, int] = {}
-        self._saved: list[tuple[bytes, NDArray[Any]] | None] = []
+        self._saved: list[bytes] = []
         self._ways: list[list[tuple[float, float]]] = []
         self._edges_of: list[range] = []
         self.times: list[int] = []
@@ -229,28 +232,23 @@ class Episode:
 
     def _step(self, edge: int) -> int:
         state, action = self.edges[edge]
-        saved = self._saved[state]
-        assert saved is not None
         if self._search.nodes:
-            self._stepper.restore(self._snapshots, saved[0])
-        self.rewards[edge], over = self._stepper.step(action, saved[1], self.times[state])
+            self._stepper.restore(self._snapshots, self._saved[state])
+        self.rewards[edge], over = self._stepper.step(action, self.times[state])
         known = len(self.times)
         child = self.children[edge] = self._state(self.times[state] + 1, over)
         if child == known and not over:
             self._fresh.append((child, self._stepper.stack))
         if all(self.children[e] != UNSEARCHED for e in self._edges_of[state]):
-            self._saved[state] = None
+            self._saved[state] = b""
         return child
 
     def _state(self, time: int, over: bool) -> int:
         """The number of the state that the environment is in."""
-        number = len(self.times)
-        saved = None if over else (b"", self._stepper.stack)
+        number, saved = len(self.times), b""
         if self._search.nodes and not over:
-            saved = (self._stepper.save(self._snapshots), self._stepper.stack)
-            key = hashlib.blake2b(saved[0], digest_size=24)
-            key.update(saved[1].tobytes())
-            key.update(time.to_bytes(8, "little"))
+            saved = self._stepper.save(self._snapshots)
+            key = hashlib.blake2b(time.to_bytes(8, "little") + saved, digest_size=24)
             number = self._states.setdefault(key.digest(), number)
         if number == len(self.times):
             self.times.append(time)
@@ -300,8 +298,9 @@ def explore(search: Search, seeds: NDArray[Any], advance: Callable[[int], None])
         ValueError: if the environment cannot be copied, or breaks its word.
     """
     parts: list[Explored] = []
-    for start in range(0, len(seeds), SIDE_BY_SIDE):
-        episodes = [Episode(search, int(seed)) for seed in seeds[start : start + SIDE_BY_SIDE]]
+    width = max(1, min(SIDE_BY_SIDE, MOST_SAVED // max(search.nodes, 1)))
+    for start in range(0, len(seeds), width):
+        episodes = [Episode(search, int(seed)) for seed in seeds[start : start + width]]
         running = episodes
         while running:
             asked = [episode.look() for episode in running]

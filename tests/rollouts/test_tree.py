@@ -181,12 +181,12 @@ def first_within(seed: int, budget: float) -> int:
 
 @pytest.mark.parametrize("attack", ["pgd", "mad"])
 def test_no_attack_crosses(attack: str) -> None:
-    recipe = EnvRecipe("CartPole-v1", max_episode_steps=40)
+    recipe = EnvRecipe("CartPole-v1", max_episode_steps=25)
     for per, budgets in (("step", [0.002, 0.01, 0.05]), ("episode", [0.02, 0.05, 0.2])):
-        found = certify_deterministic(balancer(), recipe, budgets, per=per, episodes=12, nodes=300, seed=3)  # type: ignore[arg-type]
+        found = certify_deterministic(balancer(), recipe, budgets, per=per, episodes=8, nodes=300, seed=3)  # type: ignore[arg-type]
         for k, budget in enumerate(budgets):
             threat = rrl.ThreatModel(2, **{per: budget})
-            report = rrl.attack_policy(balancer(), recipe, ATTACKS[attack](), threat, 12, seed=3, engine="list")
+            report = rrl.attack_policy(balancer(), recipe, ATTACKS[attack](), threat, 8, seed=3, engine="list")
             assert np.all(report.returns >= found.bounds[:, k])
 
 
