@@ -384,10 +384,10 @@ def test_a_normalisation_widens_by_its_smallest_scale() -> None:
     statistics = Normalization(np.array([1.0, 0, 0, -2]), np.array([4.0, 0.25, 1, 9]))
     judged = LipschitzScores.of(PolicyView.of(model).after(statistics))
     assert judged.lipschitz == pytest.approx(2, rel=1e-6)
-    even = Normalization(np.zeros(4), np.full(4, 16.0))
-    x = np.random.default_rng(0).normal(size=(5, 4))
-    radii = LipschitzScores.of(PolicyView.of(model).after(even)).radii(4 * x)[1]
-    np.testing.assert_allclose(radii, 4 * LipschitzScores.of(model).radii(x)[1], rtol=1e-4)
+    even = Normalization(np.full(4, 3.0), np.full(4, 16.0), clip=0.5)
+    x = np.random.default_rng(0).normal(size=(50, 4))
+    radii = LipschitzScores.of(PolicyView.of(model).after(even)).radii(3 + 4 * x)[1]
+    np.testing.assert_allclose(radii, 4 * LipschitzScores.of(model).radii(x.clip(-0.5, 0.5))[1], rtol=1e-3, atol=1e-6)
 
 
 def test_weights_that_change_in_any_way_are_noticed() -> None:
@@ -516,6 +516,15 @@ def test_the_network_itself_is_left_alone() -> None:
     )
     assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
     assert network[1].inplace
+
+
+def test_layers_that_work_in_place_spoil_nothing() -> None:
+    head = linear(np.eye(2))
+    judged = [LipschitzScores.of(nn.Sequential(nn.LeakyReLU(0.5, inplace=inplace), head)) for inplace in (True, False)]
+    x = np.array([[-1.0, -2.0], [1.0, -4.0]])
+    assert judged[0].radii(x)[1].tolist() == judged[1].radii(x)[1].tolist()
+    assert x.min() == -4
+    assert judged[0].audit(x) == judged[1].audit(x)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -26,6 +26,13 @@ from robustrl.networks.constants import Link, chain, constant
 
 PICTURES = gym.spaces.Box(0, 1, (2, 6, 6), np.float32)
 
+
+def louder(layer: nn.Conv2d) -> nn.Conv2d:
+    """Its first outputs are ten times as large."""
+    layer.weight.data[:3] *= 10
+    return layer
+
+
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(5, 3), (5,)),
     "rows of a picture": (lambda: nn.Linear(5, 3), (4, 5)),
@@ -33,6 +40,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "stride": (lambda: nn.Conv2d(2, 3, 3, stride=2), (2, 6, 5)),
     "dilation": (lambda: nn.Conv2d(2, 3, (3, 2), dilation=2, padding="same"), (2, 6, 5)),
     "groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=2), (4, 5, 5)),
+    "groups of different sizes": (lambda: louder(nn.Conv2d(4, 6, 3, groups=2)), (4, 5, 5)),
     "in time": (lambda: nn.Conv1d(4, 2, 4, groups=2, stride=2), (4, 9)),
     "max pooling": (lambda: nn.MaxPool2d(2, stride=3, padding=1, ceil_mode=True), (2, 6, 5)),
     "average pooling": (lambda: nn.AvgPool2d(2, padding=1, ceil_mode=True, count_include_pad=False), (2, 6, 5)),
