@@ -139,7 +139,7 @@ def test_collapse_goes_back_to_the_best_weights_bit_by_bit(monkeypatch: pytest.M
 
 
 def test_training_goes_on_from_the_best_weights_with_shorter_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    script(monkeypatch, [0.4, 0.1, 0.5, 0.45], [0.4, 0.4, 0.5, 0.75])
+    script(monkeypatch, [0.4, 0.1, 0.5, 0.55], [0.4, 0.4, 0.5, 0.85])
     recorder, module = Recorder(), network()
     settings = SMALL | {"warm_up": 0.0, "guard": CollapseGuard(cosine=-1)}
     fit = RobustTrainer("n-fgsm", **settings, callbacks=[recorder]).fit(module, examples())
