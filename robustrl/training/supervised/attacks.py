@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from robustrl.attacks.geometry import ascent, per_row, project, within
+from robustrl.attacks.geometry import ascent, per_row, project, unblocked, within
 from robustrl.errors import check_choice, check_count, check_positive, check_real
 
 Bounds = tuple[Any, Any] | None
@@ -59,7 +59,7 @@ class Region:
             if not bool((low <= high).all()):
                 raise ValueError(f"bounds must be (low, high) with low <= high, got {bounds}")
             bounds = low, high
-        if mask is not None and not bool((mask >= 0).all() & mask.any() & mask.isfinite().all()):
+        if mask is not None and not (bool((mask >= 0).all()) and bool(mask.any()) and bool(mask.isfinite().all())):
             raise ValueError("mask must hold booleans or finite numbers >= 0, and not only zeros")
         return cls(float(epsilon), check_norm(norm), bounds, None if mask is None else mask.float())
 
@@ -85,6 +85,8 @@ class Region:
         with torch.enable_grad():
             # Only with respect to the input: weights keep the gradients that they have.
             (gradient,) = torch.autograd.grad(loss_of(point).sum(), point)
+        if self.norm == 2:
+            gradient = unblocked(gradient, point.detach(), self.bounds)  # the budget is for entries that can move
         return delta + length * self.epsilon * self._scaled(ascent(self._scaled(gradient), self.norm))
 
     def inside(self, x: Tensor, delta: Tensor) -> Tensor:

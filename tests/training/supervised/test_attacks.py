@@ -95,6 +95,13 @@ def test_range_may_differ_between_entries(attack: InnerAttack) -> None:
     assert bool((points >= torch.from_numpy(low) - 1e-6).all() & (points <= high + 1e-6).all())
 
 
+def test_l2_steps_go_where_there_is_room() -> None:
+    """The steepest entry is at the end of its range: all of the budget is for the other one."""
+    x = torch.tensor([[1.0, 0.5]]).expand(20, 2)
+    delta = PGD().perturb(lambda p: p @ torch.tensor([10.0, 1.0]), x, EPSILON, 2, (0, 1), generator=generator())
+    assert torch.allclose(delta, torch.tensor([0.0, EPSILON]).expand(20, 2), atol=1e-6)
+
+
 def test_start_of_n_fgsm_is_cut_to_the_range_before_the_step() -> None:
     """Or half of the starts at an end of the range would undo the step."""
     delta = NFGSM().perturb(lambda x: x.sum(1), torch.zeros(100, 4), EPSILON, bounds=(0, 10), generator=generator())
