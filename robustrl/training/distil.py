@@ -103,9 +103,10 @@ def distil(
     threat = in_frame_units(threat, recipe) if isinstance(epsilon, ThreatModel) else threat
     rate = learning_rate if learning_rate is not None else 0.02 if network.startswith("lipschitz") else 0.005
     settings = {"attack": attack, "epsilon": threat, "learning_rate": rate, **trainer}
-    RobustTrainer(epochs=epochs, **settings)  # refuses what is out of range before anything is played
-    roots = np.random.SeedSequence(check_count("seed", seed, least=0)).spawn(3 * rounds)
     view = recipe.view(teacher)
+    # Refuses what is out of range before anything is played.
+    RobustTrainer(epochs=epochs, seed=check_count("seed", seed, least=0), **settings).region(view.observation_shape)
+    roots = np.random.SeedSequence(seed).spawn(3 * rounds)
     if view.kind not in KINDS:
         raise TypeError(f"teacher must have action values, logits or Gaussian actions, got {view.kind!r}")
     model = student(teacher, network, activation, policy_kwargs, seed=seed)
