@@ -11,10 +11,11 @@ import pytest
 import torch
 from stable_baselines3 import A2C, DQN, PPO, SAC
 
+from robustrl.errors import UnsafeModelError
 from robustrl.networks.activations import LeakyReLU, SmoothActivation
 from robustrl.networks.extractors import LipschitzCNN, LipschitzMLP
 from robustrl.policy import PolicyView
-from robustrl.policy.loading import load_model
+from robustrl.policy.loading import _known_text, load_model
 from robustrl.training.architecture import architecture, parse_activation
 
 
@@ -90,3 +91,19 @@ def test_a_learnable_sharpness_is_opened_with_its_weights(tmp_path: Path) -> Non
     model.save(tmp_path / "model.zip")
     loaded = load_model(tmp_path / "model.zip", device="cpu")
     assert loaded.policy.mlp_extractor.policy_net[1].beta == model.policy.mlp_extractor.policy_net[1].beta != 3
+
+
+FORGED = [
+    "functools.partial(<class 'robustrl.networks.activations.SmoothActivation'>, __import__('os').system('false'))",
+    "functools.partial(<class 'robustrl.networks.activations.SmoothActivation'>, 'swish', beta=open('x'))",
+    "functools.partial(<class 'robustrl.networks.activations.SmoothActivation'>, 'swish'), (1)",
+    "functools.partial(<class 'robustrl.networks.activations.SmoothActivation'>, " + "(" * 500 + ")",
+    "functools.partial(<class 'robustrl.networks.activations.Family'>, 'swish')",
+    "functools.partial(<class 'os.system'>, 'false')",
+]
+
+
+@pytest.mark.parametrize("text", FORGED)
+def test_text_that_is_no_recipe_of_literals_is_refused_and_never_run(text: str) -> None:
+    with pytest.raises(UnsafeModelError, match="is not a known name"):
+        _known_text(Path("model.zip"), "activation_fn", text)
