@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import robustrl as rrl
 from robustrl.certify.deterministic import DeterministicCertificate, _confident
 from robustrl.certify.lipschitz import LipschitzScores
+from robustrl.certify.returns import certify_return
 from robustrl.cli import app
 from robustrl.envs.recipe import EnvRecipe
 from robustrl.errors import CertificateError
@@ -73,6 +74,14 @@ def test_values_hold_for_all_budgets_with_the_stated_confidence() -> None:
     statements = [_confident(trees.bounds[i : i + 10], trees.budgets, 0.3, trees.return_low) for i in range(0, 500, 10)]
     assert np.mean([np.any(values > trees.mean_bound) for values in statements]) <= 0.3
     assert np.all(_confident(trees.bounds, trees.budgets, 0.05, trees.return_low) > trees.mean_bound - 0.5)
+
+
+def test_the_failure_probability_is_shared_by_the_budgets() -> None:
+    bounds, budgets = np.random.default_rng(0).normal(size=(60, 1)).repeat(4, 1), np.array([0.0, 1.0, 0.5, 1.0])
+    shared = certify_return(bounds[:, 0], rrl.Gaussian(1.0), 0.0, alpha=0.1 / 3, return_low=-9.0).values[0]
+    assert _confident(bounds, budgets, 0.1, -9.0).tolist() == [shared] * 4
+    better = bounds + np.array([0.0, 1.0, 0.0, 1.0])  # what holds at a larger budget holds at a smaller one
+    assert np.ptp(_confident(better, budgets, 0.1, -9.0)) == 0
 
 
 def test_threat_models_are_converted_into_the_units_of_frames() -> None:
