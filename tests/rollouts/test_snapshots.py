@@ -111,6 +111,19 @@ def test_drawing_from_an_unseeded_space_is_noticed() -> None:
         snapshots.restore(state)
 
 
+class Coy(Maze):
+    """Leaves its state out when it is pickled."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_state"}
+
+
+def test_environments_do_not_choose_what_is_saved() -> None:
+    snapshots, env = Snapshots(), Coy(0)
+    env.reset(seed=0)
+    assert snapshots.restore(snapshots.save(env))._state == env._state
+
+
 def test_what_cannot_be_copied_is_refused() -> None:
     class Locked(Maze):
         def __init__(self) -> None:
