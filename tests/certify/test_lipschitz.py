@@ -231,6 +231,18 @@ def test_a_decision_that_single_precision_takes_has_no_radius() -> None:
     assert judged.radii([[100.0]])[1] > 0
 
 
+def test_both_scores_may_be_rounded_towards_each_other() -> None:
+    """2^25 + 6 and 2^25 + 10 are both 2^25 + 8 in single precision."""
+    layer = nn.Linear(1, 2)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[6.0], [10.0]]))
+        layer.bias.fill_(2.0**25)
+    judged = LipschitzScores.of(layer)
+    assert judged.scores([[1.0]]).tolist() == [[2.0**25 + 6, 2.0**25 + 10]]
+    assert layer(torch.ones(1, 1)).argmax() == 0
+    assert judged.costs([[1.0]]).tolist() == [[0, 0]]
+
+
 def test_single_precision_is_taken_off_the_margin() -> None:
     single, double = random_network(1, torch.float32), random_network(1)
     double.load_state_dict(single.state_dict())
