@@ -76,7 +76,9 @@ class RadiusTrace:
             chosen = self.actions == action
             ax.plot(steps[chosen], self.radii[chosen], ".", markersize=5, label=f"action {action}")
         noise = self.certificates[0].noise
-        ax.set_title(f"{self.label}, {'no noise' if noise is None else noise.scale}, {100 * (1 - self.alpha):g}% for all steps at once")
+        ax.set_title(
+            f"{self.label}, {'no noise' if noise is None else noise.scale}, {100 * (1 - self.alpha):g}% for all steps at once"
+        )
         ax.set_xlabel("step")
         ax.set_ylabel(f"certified l{self.certificates[0].norm:g} radius")
         ax.set_ylim(bottom=-0.02 * float(self.radii.max() or 1))
