@@ -151,7 +151,7 @@ def test_no_attack_changes_nothing() -> None:
 def test_gradients_of_weights_stay_as_they_were(attack: InnerAttack) -> None:
     module = nn.Linear(5, 1)
     module.weight.grad = torch.full_like(module.weight, 7.0)
-    delta = attack.perturb(lambda x: module(x)[:, 0], X.clone().requires_grad_(), EPSILON, generator=generator())
+    delta = attack.perturb(lambda x: module(x)[:, 0], X.clone().requires_grad_(), EPSILON, "inf", (0, 1), generator=generator())
     assert not delta.requires_grad
     assert bool((module.weight.grad == 7).all())
     assert module.bias.grad is None

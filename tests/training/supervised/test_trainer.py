@@ -266,7 +266,7 @@ def test_seed_decides_everything(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("batch_statistics", "per_step"), [(False, 1), (True, 4)])
 def test_attacks_leave_batch_norm_alone_unless_asked(batch_statistics: bool, per_step: int) -> None:
-    module = network()
+    module = network().eval()
     settings = SMALL | {"epochs": 1, "hold_out": 0.0, "batch_statistics": batch_statistics}
     RobustTrainer(PGD(steps=3), **settings).fit(module, examples())
     assert int(module[1].num_batches_tracked) == 10 * per_step
