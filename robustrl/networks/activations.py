@@ -42,7 +42,7 @@ class Family:
 
 FAMILIES = {
     "swish": Family(functional.silu, 0.5, (-0.09983932012887, 1.09983932012887)),
-    "softplus": Family(lambda x: functional.softplus(x) - math.log(2), 0.25, (0.0, 1.0)),
+    "softplus": Family(lambda x: functional.softplus(x, threshold=40.0) - math.log(2), 0.25, (0.0, 1.0)),
     "gelu": Family(functional.gelu, math.sqrt(2 / math.pi), (-0.12890414518516, 1.12890414518516)),
     "mish": Family(functional.mish, 0.644204637236973, (-0.112526122389463, 1.08849816125173)),
     "celu": Family(functional.celu, 1.0, (0.0, 1.0)),
@@ -52,7 +52,7 @@ FAMILIES = {
     "tanh": Family(torch.tanh, 4 / (3 * math.sqrt(3)), (0.0, 1.0)),
     "sigmoid": Family(torch.sigmoid, 1 / (6 * math.sqrt(3)), (0.0, 0.25)),
     "softsign": Family(functional.softsign, 2.0, (0.0, 1.0)),
-    "logcosh": Family(lambda x: functional.softplus(2 * x) - x - math.log(2), 1.0, (-1.0, 1.0)),
+    "logcosh": Family(lambda x: functional.softplus(2 * x, threshold=40.0) - x - math.log(2), 1.0, (-1.0, 1.0)),
     "lisht": Family(lambda x: x * x.tanh(), 2.0, (-1.19967864025774, 1.19967864025774)),
 }
 """By name. `softplus` and `squareplus` are shifted to pass through 0; `smooth_relu` is x - log(1 + x) above 0 and 0 below; `celu` with
