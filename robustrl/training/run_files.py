@@ -1,4 +1,7 @@
-"""The run directory: `model.zip`, `run.json`, `normalization.npz`, `denoiser.pt`, `chunks/`, `certificate.json`, `attack.json`, `tb/`."""
+"""The run directory: `model.zip`, `run.json`, `normalization.npz`, `denoiser.pt`, `chunks/`, `certificate.json`, `attack.json`, `tb/`.
+
+After robust training `model.zip` holds the weights that did best under attack, and `model-last.zip` those that training ended with.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,8 @@ class RunInfo:
         recipe: `EnvRecipe.to_dict`; its normalisation has a file of its own, `normalization.npz`.
         seed: root seed of training.
         timesteps: environment steps trained.
-        hyperparameters: keyword arguments of the algorithm, as text where they are no plain data.
+        hyperparameters: keyword arguments of the algorithm, as text where they are no plain data; "network", "activation" and "robust"
+            as `train` was told and what it kept; "distilled" of a student, what `distil` was told.
         versions: of the libraries that trained it.
         denoiser: of a run whose policy sees its observations through the network in `denoiser.pt`: "frame_stack", the frames that
             the policy itself takes, and what trained the network; empty without one.
