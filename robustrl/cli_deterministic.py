@@ -54,6 +54,7 @@ def certify_deterministic(
     episodes: Annotated[int, typer.Option(help="Number of episodes, fixed beforehand.")] = 100,
     nodes: Annotated[int, typer.Option(help="Most states that are searched of one episode.")] = 10_000,
     reward_low: Annotated[float | None, typer.Option(help="Sure lower bound of the reward of a step.")] = None,
+    return_low: Annotated[float | None, typer.Option(help="Sure lower bound of the return of an episode.")] = None,
     never_ends_early: Annotated[
         bool, typer.Option("--never-ends-early", help="Every episode has all its steps, whatever happens.")
     ] = False,
@@ -88,6 +89,7 @@ def certify_deterministic(
         alpha=alpha,
         nodes=nodes,
         reward_low=reward_low,
+        return_low=return_low,
         never_ends_early=never_ends_early,
         seed=seed,
         progress_bar=True,

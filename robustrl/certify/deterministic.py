@@ -146,7 +146,10 @@ class DeterministicCertificate(Certificate):
     def _worst(self) -> tuple[Floats, Floats]:
         rest = self.reward_low if self.never_ends_early else min(self.reward_low, 0.0)
         self.evidence.check(self.horizon, self.reward_low, self.never_ends_early)
-        return worst_returns(self.evidence, self.accounting, self.budgets, self.horizon, rest)
+        played, cut = worst_returns(self.evidence, self.accounting, self.budgets, self.horizon, rest)
+        if played.min() < self.return_low:
+            raise ValueError(f"return_low = {self.return_low:g} is no sure bound: an episode returned {played.min():g}")
+        return played, cut
 
     @property
     def bounds(self) -> Floats:

@@ -53,6 +53,7 @@ def certify_deterministic(
     alpha: float = 0.05,
     nodes: int = 10_000,
     reward_low: float | None = None,
+    return_low: float | None = None,
     never_ends_early: bool = False,
     seed: int = 0,
     progress_bar: bool = False,
@@ -74,6 +75,7 @@ def certify_deterministic(
         alpha: failure probability of `values`; `bounds` of the episodes played are certain.
         nodes: most states of one episode's tree. What is left counts as the worst that `reward_low` allows.
         reward_low: sure lower bound of the reward of a step; default what is known of Gymnasium's own environments.
+        return_low: sure lower bound of the return of an episode, if a better one is known than `reward_low` at every step.
         never_ends_early: whether every episode has all its steps, whatever happens: then a positive `reward_low` counts for those to come.
         seed: root of the environment's randomness.
         progress_bar: show a bar with an ETA.
@@ -99,6 +101,9 @@ def certify_deterministic(
     if low is None:
         raise ValueError(f"reward_low must be given: no sure lower bound of the reward of a step is known for {recipe.label}")
     rest = low if never_ends_early else min(low, 0.0)
+    floor = sure_return(recipe, rest)
+    if return_low is not None:
+        floor = max(floor, check_real("return_low", return_low))
     search = make_search(policy, recipe, accounting, grid, rest=rest, reward_low=low, nodes=nodes if method == "tree" else 0)
     refuse_unseeded(recipe)
     seeds = episode_seeds(seed, episodes)
@@ -112,7 +117,7 @@ def certify_deterministic(
         alpha=alpha,
         horizon=recipe.horizon,
         reward_low=low,
-        return_low=sure_return(recipe, rest),
+        return_low=floor,
         never_ends_early=never_ends_early,
         threat=threat,
         provenance={
@@ -198,7 +203,8 @@ def check_statement(certificate: DeterministicCertificate, recipe: EnvRecipe | N
     )
     if low is not None and certificate.reward_low > low:
         raise CertificateError(f"field 'reward_low' is {certificate.reward_low:g}, but a step may pay as little as {low:g}")
-    if certificate.return_low > sure_return(recipe, rest):
+    # Of an environment of which nothing is known, its owner's word is taken, as for rewards; the table says so.
+    if known_return_bounds(recipe)[0] is not None and certificate.return_low > sure_return(recipe, rest):
         raise CertificateError(
             f"field 'return_low' is {certificate.return_low:g}, but an episode may return as little as {sure_return(recipe, rest):g}"
         )

@@ -293,3 +293,17 @@ def test_the_command_writes_and_verifies(tmp_path: Path) -> None:
         ["certify-deterministic", str(tmp_path / "agent.zip"), "--env", "CartPole-v1", "--epsilons", "0", "--budgets", "1"]
     )
     assert "exclude each other" in str(both.exception)
+
+
+def test_a_known_return_counts_where_the_search_is_cut_and_is_refused_if_an_episode_was_worse() -> None:
+    cut = certified(nodes=3, budgets=[1.0])
+    least = float(certified().bounds.min())
+    assert cut.bounds.min() < least
+    better = certified(nodes=3, budgets=[1.0], return_low=least)
+    assert better.return_low == least == float(better.bounds.min())
+    assert better.values[0] > cut.values[0]
+    better.verify()
+    with pytest.raises(ValueError, match=r"return_low = .* is no sure bound"):
+        certified(return_low=least + 0.1)
+    with pytest.raises(CertificateError, match="return_low"):
+        replace(certified(), return_low=least + 0.1).verify()
