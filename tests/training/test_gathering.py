@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,23 @@ from robustrl.training.gathering import SLOTS, Stacks, gather
 CARTPOLE = EnvRecipe.of("CartPole-v1", max_episode_steps=60)
 
 
+class Marked(Steps):
+    """`Steps` whose observations also carry a number of the episode's own."""
+
+    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        super().reset(**options)
+        self.mark = self.np_random.random()
+        return np.float32([0, self.mark, 0, 0]), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        frame, *rest = super().step(action)
+        frame[1] = self.mark
+        return frame, *rest
+
+
 def test_episodes_are_told_apart_where_some_end_early() -> None:
     """In `Steps` the observation is the number of steps taken: an episode of length n has 0, 1, ..., n - 1, once each."""
-    recipe = EnvRecipe(factory=lambda: Steps(rate=0.2, flat=True), max_episode_steps=30)
+    recipe = EnvRecipe(factory=lambda: Marked(rate=0.2, flat=True), max_episode_steps=30)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))
         stacks = gather(balancer(), recipe, 500, 0)
@@ -27,6 +42,7 @@ def test_episodes_are_told_apart_where_some_end_early() -> None:
     for episode in stacks.episodes.unique()[:-SLOTS]:  # the last chunk may be cut
         steps = stacks.frames[stacks.episodes == episode][:, 0, 0].tolist()
         assert steps == list(range(len(steps)))
+        assert len(stacks.frames[stacks.episodes == episode][:, 0, 1].unique()) == 1
         lengths.add(len(steps))
     assert len(lengths) > 3
 

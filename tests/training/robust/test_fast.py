@@ -29,7 +29,7 @@ def observations() -> torch.Tensor:
     return torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("scale", [None, torch.tensor([1.0, 0.0, 3.0, 1.0])])
+@pytest.mark.parametrize("scale", [None, torch.tensor([1.0, 0.0, 5.0, 1.0])])
 def test_a_full_step_of_fgsm_rs_finds_the_largest_lead_of_a_linear_policy(scale: torch.Tensor | None) -> None:
     """By alpha = 2 every start ends in the corner: the lead is -|w . x| + epsilon ||scale * w||_1."""
     x, view = observations(), policy()
