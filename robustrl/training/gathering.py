@@ -45,9 +45,7 @@ class Stacks:
         """All stacks of several rollouts, whose episodes are different ones."""
         first = np.cumsum([0, *(int(part.episodes.max()) + 1 for part in parts)])
         episodes = [part.episodes + int(start) for part, start in zip(parts, first, strict=False)]
-        return cls(
-            torch.cat([part.frames for part in parts]), torch.cat([part.padding for part in parts]), torch.cat(episodes)
-        )
+        return cls(torch.cat([part.frames for part in parts]), torch.cat([part.padding for part in parts]), torch.cat(episodes))
 
     def pairs(
         self, rows: Tensor, policy: PolicyView, noise: Noise, fill: Padding, generator: torch.Generator
