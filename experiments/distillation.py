@@ -5,8 +5,8 @@
 Teachers from `zoo/`, 200 steps, never trained against anything. Students: a plain swish network, trained by N-FGSM, and a Lipschitz
 network. Everybody is attacked by the same attackers with a radius in l2 at every step: the margin of another action (PGD with restarts),
 and the lowest value of the agent's own critic. An attacker with a larger radius can do what one with a smaller can, so that the attacked return at
-a budget is the lowest over attacks and over all budgets up to it. Budgets, attacks and settings were chosen on other episodes (of other
-seeds) than those reported. Writes `experiments/results/distillation/`: `summary.md`, `returns.json` and a figure; students go to
+a budget is the lowest over attacks and over all budgets up to it. Budgets, attacks and settings were chosen, among some thirty settings, on
+other episodes (of other seeds) than those reported; every student was trained with one seed. Writes `experiments/results/distillation/`: `summary.md`, `returns.json` and a figure; students go to
 `zoo/students/`.
 """
 
