@@ -1,16 +1,16 @@
 """Certified reinforcement learning without and with noise: what is proven, and what the strongest attack leaves.
 
-    python experiments/certified_rl.py [--only catch rooms cartpole]
+    python experiments/certified_rl.py [--only catch islands cartpole]
 
 - catch: a ball falls through 9 rows, a paddle of 3 pixels must be below it in the end; +1 or -1. One channel of 10 x 9 pixels.
-- rooms: robustrl/TextGrid-v0, small_rooms, with pictures of 3 x 28 x 28 pixels; ice that slides (with probability .4), +1 at the goal,
-  -1 in lava; at most 30 steps.
-- cartpole: 200 steps; the orthogonal student that `experiments/distillation.py` made of the zoo's DQN.
+- islands: robustrl/LavaIslands-v0 on a map of 9 x 9 cells, with pictures of 3 x 36 x 36 pixels; steps slip with probability .1; +1 at
+  the goal, -1 in lava; at most 20 steps.
+- cartpole: 200 steps; the orthogonal student that `experiments/distillation.py` made of the zoo's DQN, and the zoo's DQN trained under noise.
 
-Of catch and rooms all states are known, so a network with Lipschitz constant 1 learns what is best in each by cross entropy with an
+Of catch and islands all states are known, so a network with Lipschitz constant 1 learns what is best in each by cross entropy with an
 offset margin. The deterministic policy is certified by the prefix of the clean episode and by search of all that an attacker can bring
-about ("tree"), and attacked by the fast attacks of `attack_suite`. The smoothed one is the same network trained on noisy pictures, whose noise is that
-of the certificate. Budgets are l2, of a whole episode. Writes `experiments/results/certified_rl/`.
+about ("tree"), and attacked by the fast attacks of `attack_suite`. The smoothed one is such a network trained on noisy pictures, with the
+noise of the certificate. Budgets are l2, of a whole episode. Writes `experiments/results/certified_rl/`.
 """
 
 from __future__ import annotations
@@ -41,8 +41,18 @@ from robustrl.training.supervised import CrossEntropy, Examples, RobustTrainer
 
 HOME = Path(__file__).parent
 OUT = HOME / "results" / "certified_rl"
-ROWS, COLUMNS, CELL = 10, 9, 12
-UPDATES, BATCH = 1000, 64
+ROWS, COLUMNS = 10, 9
+ISLAND = """lllllllll
+lsssssssl
+lsassssll
+lssssssll
+lssslsssl
+lsssssssl
+llssssgsl
+llssssssl
+lllllllll"""
+SLIP, SIDE = 0.1, 36
+UPDATES, BATCH = 600, 64
 Pictures = NDArray[np.float32]
 
 
@@ -72,25 +82,27 @@ class Catch(gym.Env[Pictures, int]):
         return found
 
 
-class Rooms(gym.ObservationWrapper[Pictures, int, int]):
+class Islands(gym.ObservationWrapper[Pictures, int, int]):
     """Small pictures of a grid world, (3, height, width), in place of the number of its state."""
 
     def __init__(self) -> None:
-        super().__init__(gym.make("robustrl/TextGrid-v0", map="small_rooms"))
-        self.observation_space = spaces.Box(0, 1, (3, 28, 28), np.float32)
+        super().__init__(gym.make("robustrl/LavaIslands-v0", map=ISLAND, slip=SLIP))
+        self.observation_space = spaces.Box(0, 1, (3, SIDE, SIDE), np.float32)
 
     def observation(self, observation: int) -> Pictures:
-        return picture_of_room(int(observation)).copy()
+        return picture_of_state(int(observation)).copy()
 
 
 @cache
-def picture_of_room(state: int) -> Pictures:
+def picture_of_state(state: int) -> Pictures:
     """What a state looks like."""
-    env: Any = gym.make("robustrl/TextGrid-v0", map="small_rooms", render_mode="rgb_array")
+    env: Any = gym.make("robustrl/LavaIslands-v0", map=ISLAND, slip=SLIP, render_mode="rgb_array")
     env.reset(seed=0)
     env.unwrapped.state = state
     whole = np.asarray(env.render(), dtype=np.float32) / 255
-    found: Pictures = whole.reshape(28, CELL, 28, CELL, 3).mean((1, 3)).transpose(2, 0, 1).copy()
+    cell = len(whole) // SIDE
+    whole = whole[: SIDE * cell, : SIDE * cell]
+    found: Pictures = whole.reshape(SIDE, cell, SIDE, cell, 3).mean((1, 3)).transpose(2, 0, 1).copy()
     return found
 
 
@@ -156,37 +168,45 @@ def catch() -> World:
     )
 
 
-def rooms() -> World:
+def islands() -> World:
     """All living states with the actions of the discounted optimum."""
-    env = Rooms()
+    env = Islands()
     world: Any = env.unwrapped
     best = world.mdp.solve()[1]
     alive = np.flatnonzero(world.outcomes.valid.any(1))
-    pictures = np.stack([picture_of_room(int(state)) for state in alive])
+    pictures = np.stack([picture_of_state(int(state)) for state in alive])
     shape: dict[str, Any] = {"channels": (16, 32, 32), "strides": (4, 2, 2), "terms": 4, "normalizer": "reshapes"}
-    sigma, actions = 0.2, np.asarray(best)[alive]
+    sigma, actions = 0.5, np.asarray(best)[alive]
     return World(
-        EnvRecipe.of(Rooms, max_episode_steps=30),
-        student(LipschitzCNN(env.observation_space, **shape), pictures, actions, 0.3),
-        student(LipschitzCNN(env.observation_space, **shape), pictures, actions, 0.3, sigma),
+        EnvRecipe.of(Islands, max_episode_steps=20),
+        student(LipschitzCNN(env.observation_space, **shape), pictures, actions, 1.0),
+        student(LipschitzCNN(env.observation_space, **shape), pictures, actions, 1.0, sigma),
         rrl.Gaussian(sigma),
-        np.linspace(0, 1, 11),
+        np.linspace(0, 4, 11),
         (-1.0, 1.0),
         (-1.0, 1.0),
-        200,
+        100,
         20_000,
     )
 
 
 def cartpole() -> World:
-    """The student of the zoo's DQN."""
-    folder = HOME.parent / "zoo" / "cartpole-dqn-orthogonal"
-    env = EnvRecipe.of("CartPole-v1", max_episode_steps=200)
-    model = rrl.load_agent(folder, env)
-    return World(env, model, model, rrl.Gaussian(0.2), np.linspace(0, 0.5, 11), (1.0, 1.0), (0.0, 200.0), 100, 20_000)
+    """The orthogonal student of the zoo's DQN, and its DQN that was trained under noise."""
+    env, zoo = EnvRecipe.of("CartPole-v1", max_episode_steps=200), HOME.parent / "zoo"
+    return World(
+        env,
+        rrl.load_agent(zoo / "students" / "cartpole-dqn-lipschitz", env),
+        rrl.load_agent(zoo / "cartpole-dqn-sigma0.2", EnvRecipe.of(env, noise=rrl.Gaussian(0.2))),
+        rrl.Gaussian(0.2),
+        np.linspace(0, 0.5, 11),
+        (1.0, 1.0),
+        (0.0, 200.0),
+        50,
+        10_000,
+    )
 
 
-WORLDS = {"catch": catch, "rooms": rooms, "cartpole": cartpole}
+WORLDS = {"catch": catch, "islands": islands, "cartpole": cartpole}
 
 
 def measure(name: str) -> dict[str, Any]:
