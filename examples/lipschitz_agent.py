@@ -7,6 +7,7 @@ The student of the zoo's CartPole DQN is an ordinary Stable-Baselines3 model who
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,17 @@ ZOO = Path(__file__).parents[1] / "zoo"
 STEPS = 100
 
 
-def main(rounds: int = 3, observations: int = 6_000, out: Path = Path("runs/lipschitz_agent")) -> None:
+def main() -> None:
     """Distil, attack, certify."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--observations", type=int, default=6_000)
+    parser.add_argument("--out", type=Path, default=Path("runs/lipschitz_agent"))
+    arguments = parser.parse_args()
+    settings = {"rounds": arguments.rounds, "observations": arguments.observations, "progress_bar": True}
     env = rrl.EnvRecipe.of("CartPole-v1", max_episode_steps=STEPS)
     teacher = rrl.load_agent(ZOO / "cartpole-dqn-undefended", env)
-    student = rrl.distil(
-        teacher, env, network="lipschitz-mlp", epsilon=0.1, norm=2, rounds=rounds, observations=observations, progress_bar=True
-    )
+    student = rrl.distil(teacher, env, network="lipschitz-mlp", epsilon=0.1, norm=2, **settings)
 
     threat = rrl.ThreatModel(norm=2, step=0.2)
     for name, model in (("teacher", teacher), ("student", student)):
@@ -38,9 +43,9 @@ def main(rounds: int = 3, observations: int = 6_000, out: Path = Path("runs/lips
 
     certificate = rrl.certify_deterministic(student, env, [0.0, 0.001, 0.01, 0.05], episodes=10, nodes=500, progress_bar=True)
     print(certificate.table())
-    out.mkdir(parents=True, exist_ok=True)
-    certificate.save(out / "deterministic.json")
-    print(rrl.verify_certificate(out / "deterministic.json", student, replay=2))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    certificate.save(arguments.out / "deterministic.json")
+    print(rrl.verify_certificate(arguments.out / "deterministic.json", student, replay=2))
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ def test_the_readme_example_runs_with_fewer_steps(tmp_path: Path, monkeypatch: p
         ("continuous_agent.py", "--episodes 4 --attacked 1 --workers 1", "certificate.json"),
         ("one_input.py", "--epochs 5 --n 1000", "step.json"),
         ("attack_and_harden.py", "--timesteps 1024 --episodes 2 --horizon 20", "hardened.json"),
+        ("lipschitz_agent.py", "--rounds 1 --observations 500", "deterministic.json"),
         ("shield.py", "--explore 1200 --train 1024", "certificate.json"),
     ],
 )
@@ -93,3 +94,12 @@ def test_the_examples_run(
     runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
     assert "certified" in capsys.readouterr().out
     assert (tmp_path / written).exists()
+
+
+@pytest.mark.parametrize("page", ["deterministic", "fast_training"])
+def test_the_blocks_of_method_pages_run_one_after_the_other(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks(f"docs/methods/{page}.md"):
+        exec(block, names)
+    assert "rrl" in names
