@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 
 from robustrl.envs.recipe import EnvRecipe
@@ -135,3 +138,189 @@ def test_what_cannot_be_copied_is_refused() -> None:
     env.reset(seed=0)
     with pytest.raises(ValueError, match="method='prefix' needs no copies"):
         Snapshots().save(env)
+
+
+class Holder(gym.Env[Any, Any]):
+    """Counts steps in one place, and shows the count from another that only shares memory, variables or a stream with it."""
+
+    observation_space, action_space = spaces.Discrete(9), spaces.Discrete(2)
+
+    def __init__(self, way: str) -> None:
+        self.count, self.way = np.zeros(4), way
+        self.seen: Any = None
+        calls = 0
+
+        def closure() -> float:
+            nonlocal calls
+            calls += 1
+            return float(self.count[0]) + calls / 8
+
+        def default(calls: list[int] = [], *, self: Any = self) -> float:  # noqa: B006
+            calls.append(1)
+            return float(self.count[0]) + len(calls) / 8
+
+        def attribute() -> float:
+            attribute.calls = getattr(attribute, "calls", 0) + 1  # type: ignore[attr-defined]
+            return float(attribute.calls)  # type: ignore[attr-defined]
+
+        late: float
+
+        def unset() -> float:
+            nonlocal late
+            try:
+                late += 1
+            except NameError:
+                late = 0.0
+            return late
+
+        fortran = np.zeros((2, 3), order="F")
+        self.fortran, self.turned = fortran, fortran.T[1:, ::-1]
+        ways = {
+            "closure": closure,
+            "default": default,
+            "attribute": attribute,
+            "unset": unset,
+            "method": MethodType(lambda self: float(self.count[0]), self),
+            "view": partial(float, self.count[:1].reshape(())),
+            "strided": self.count[::-2][-1:].item,
+        }
+        self.seen = ways.get(way)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[int, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.count[:] = 0
+        return 0, {}
+
+    def step(self, action: Any) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        self.count[:] += 1
+        self.fortran[0, 2] += 1
+        shown = float(self.turned[1, 1])
+        if self.way == "spawn":
+            shown = float(self.np_random.spawn(1)[0].random())
+        elif self.way == "legacy":
+            self.legacy = getattr(self, "legacy", None) or np.random.RandomState(self.np_random.bit_generator)
+            shown = float(self.legacy.normal()) + float(self.np_random.random())
+        elif self.seen is not None:
+            shown = float(self.seen())
+        return 0, shown, False, False, {}
+
+
+@pytest.mark.parametrize(
+    "way", ["closure", "default", "attribute", "unset", "method", "view", "strided", "fortran", "spawn", "legacy"]
+)
+def test_what_shares_variables_memory_or_streams_shares_them_in_a_copy(way: str) -> None:
+    env, plain = Holder(way), Holder(way)
+    for one in (env, plain):
+        one.reset(seed=5)
+    expected = played(plain, [0] * 6)
+    snapshots = Snapshots()
+    first = snapshots.save(env)
+    for _ in range(2):
+        env = snapshots.restore(first)
+        assert played(env, [0] * 3) == expected[:3]
+        middle = snapshots.save(env)
+        env = snapshots.restore(first)
+        played(env, [0] * 5)
+        env = snapshots.restore(middle)
+        assert snapshots.save(env) == middle
+        assert played(env, [0] * 3) == expected[3:]
+
+
+def test_a_read_only_array_stays_one() -> None:
+    env = Holder("view")
+    env.table = np.arange(6.0).reshape(2, 3).copy("F")  # type: ignore[attr-defined]
+    env.table.flags.writeable = False  # type: ignore[attr-defined]
+    env.part = env.count[1:]  # type: ignore[attr-defined]
+    env.part.flags.writeable = False  # type: ignore[attr-defined]
+    env.empty = np.zeros((0, 2))  # type: ignore[attr-defined]
+    snapshots = Snapshots()
+    again = snapshots.restore(snapshots.save(env))
+    assert again.table.tolist() == env.table.tolist()  # type: ignore[attr-defined]
+    assert again.table.strides == env.table.strides  # type: ignore[attr-defined]
+    assert not again.table.flags.writeable
+    assert not again.part.flags.writeable
+    assert np.shares_memory(again.part, again.count)
+    assert again.empty.shape == (0, 2)
+
+
+def shared_tensors() -> Any:
+    tensor = torch.zeros(2)
+    return [tensor, tensor[:1]]
+
+
+def tied_parameters() -> Any:
+    weights = torch.zeros(2)
+    return [torch.nn.Parameter(weights), torch.nn.Parameter(weights)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        shared_tensors,
+        tied_parameters,
+        lambda: torch.from_numpy(np.zeros(2)),
+        lambda: torch.zeros(2).numpy(),
+        lambda: np.frombuffer(bytearray(8)),
+        lambda: np.array([[1, "a"]], dtype=object)[0],
+        lambda: np.zeros(2, [("a", float)])[0],
+        lambda: np.zeros((2, 3, 4)).transpose(1, 0, 2).copy("K")[1:],
+        lambda: np.zeros(3).view(np.matrix),
+    ],
+)
+def test_memory_that_copies_would_share_or_lose_is_refused(make: Any) -> None:
+    env = Maze(0)
+    env.reset(seed=0)
+    env.kept = make()  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="cannot be copied"):
+        Snapshots().save(env)
+
+
+def test_networks_and_arrays_that_own_their_memory_are_copied() -> None:
+    env = Maze(0)
+    env.reset(seed=0)
+    env.kept = [torch.nn.Linear(2, 3), torch.ones(2), np.array([1, "a"], dtype=object), np.frombuffer(b"12345678")]  # type: ignore[attr-defined]
+    snapshots = Snapshots()
+    linear, tensor, objects, bytes_ = snapshots.restore(snapshots.save(env)).kept
+    assert torch.equal(linear.weight, env.kept[0].weight)  # type: ignore[attr-defined]
+    assert tensor.tolist() == [1, 1]
+    assert objects.tolist() == [1, "a"]
+    assert bytes_.tobytes() == b"12345678"
+
+
+class Slotted(Maze):
+    """Keeps its state in a slot."""
+
+    __slots__ = ("ones",)
+
+    def step(self, action: Any) -> Any:
+        self.ones = getattr(self, "ones", 0) + 1
+        return 0, float(self.ones), False, False, {}
+
+
+class Listed(Maze, list[Any]):
+    """Keeps its state in the list that it is."""
+
+    __hash__ = object.__hash__
+
+
+def test_slots_belong_to_the_state_and_builtin_bases_are_refused() -> None:
+    env = Slotted(0)
+    env.reset(seed=0)
+    env.step(0)
+    snapshots = Snapshots()
+    state = snapshots.save(env)
+    env.step(0)
+    assert snapshots.restore(state).step(0)[1] == 2
+    with pytest.raises(ValueError, match="Listed keeps state in a built-in class"):
+        Snapshots().save(Listed(0))
+
+
+def test_a_space_that_changes_is_noticed() -> None:
+    snapshots, env = Snapshots(), Maze(0)
+    env.reset(seed=0)
+    state = snapshots.save(env)
+    with pytest.raises(ValueError, match="read-only"):
+        env.observation_space.high[0] += 1  # type: ignore[attr-defined]
+    env.observation_space.high = env.observation_space.high + 1  # type: ignore[attr-defined]
+    with pytest.raises(ChainError, match="changes its space Box"):
+        snapshots.restore(state)
