@@ -285,7 +285,7 @@ def summary(found: dict[str, dict[str, Any]]) -> list[str]:
     ]
     for name, one in found.items():
         text += [
-            f"## {name}, noise of the smoothed policy {one['sigma']:g}, {one['tree']['states']} states searched",
+            f"**{name}**, noise of the smoothed policy {one['sigma']:g}, {one['tree']['states']} states searched",
             "",
             "| budget | prefix | tree | tree, mean | exhausted | attacked | smoothed | smoothed, attacked |",
             "|---" * 8 + "|",

@@ -243,11 +243,11 @@ def summary(found: dict[Task, dict[str, Any]], seeds: int) -> list[str]:
         f"Percent of 360 test pictures, mean over {seeds} seeds +- half a 95 % confidence interval over seeds (the split is one and the",
         "same: the draw of the pictures adds about 2.3 points to each figure, but little to differences).",
         "",
-        "## l-inf, by the attack trained with",
+        "**l-inf, by the attack trained with**",
         "",
         *table(["attack", "epsilon", "clean", "PGD-20 x 3", "CPU seconds"], attacks),
         "",
-        "## l2, orthogonal layers",
+        "**l2, orthogonal layers**",
         "",
         *table(["margin", *keys], certified),
         "",
@@ -267,7 +267,7 @@ def summary(found: dict[Task, dict[str, Any]], seeds: int) -> list[str]:
             bend, when = over("overfitting", setting, "curvature")[0], np.median(over("overfitting", setting, "best epoch"))
             rows.append([name, f"{bend:.2f}", *map(interval, figures), f"{when:.0f}"])
         text += [
-            f"## Robust overfitting, {labels}: robust error at epsilon {chosen.epsilon:g}",
+            f"**Robust overfitting, {labels}: robust error at epsilon {chosen.epsilon:g}**",
             "",
             *table([*head, "best - relu's", "last - relu's", "median best epoch"], rows),
             "",
