@@ -84,6 +84,21 @@ def check_alpha(alpha: Any, name: str = "alpha") -> float:
     return number
 
 
+def refuse_altered(module: Any) -> None:
+    """Refuse a torch module that its class and weights do not tell all about: it has hooks, or a method was set on the instance.
+
+    Raises:
+        TypeError: naming the class and the methods.
+    """
+    from torch.nn.modules import module as torch_module
+
+    shared = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+    set_here = [name for name, value in vars(module).items() if callable(value) and callable(getattr(type(module), name, None))]
+    if set_here or any((module._forward_hooks, module._forward_pre_hooks, *shared)):
+        own = ", ".join(set_here) or "hooks"
+        raise TypeError(f"{type(module).__name__} has {own} of its own, so that nothing is known of what it computes")
+
+
 def check_count(name: str, value: Any, *, least: int = 1) -> int:
     """Return `value` as an int >= `least`; refuse booleans and fractions."""
     allowed = f"an integer >= {least}"

@@ -67,7 +67,8 @@ Network = Annotated[
 Activation = Annotated[
     str | None,
     typer.Option(
-        help="NAME or NAME:SETTING: swish:BETA, softplus:BETA, gelu, mish, ..., relu, leaky_relu:SLOPE; of a Lipschitz network maxmin or householder."
+        help="NAME or NAME:SETTING: swish:BETA, softplus:BETA, gelu, mish, ..., relu, leaky_relu:SLOPE. Lipschitz networks take all of them, each divided "
+        "by its largest slope, and maxmin and householder."
     ),
 ]
 Stochastic = Annotated[bool, typer.Option("--stochastic", help="Sample actions instead of taking the greedy one.")]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import math
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,16 +22,18 @@ from torch import Tensor, nn
 from robustrl.certify.classify import certified, provenance
 from robustrl.certify.margins import Floats, from_l2, pushes
 from robustrl.certify.radius import RadiusCertificate
-from robustrl.errors import check_count, check_finite_array
-from robustrl.networks.constants import UP, Link, chain, claims, constant, known
+from robustrl.errors import check_count, check_finite_array, refuse_altered
+from robustrl.networks.constants import ROUNDING, TINY, UP, Link, chain, claims, constant, known, lengths
 from robustrl.policy.actions import refuse_broken
 from robustrl.policy.sb3 import _Entry, _Network
 from robustrl.policy.view import PolicyView, _ChannelsFirst, _Normalized, _NumpyTanh
 
 BATCH = 256
 """Rows per forward pass in float64."""
-ROUNDING = 1e-12
-"""Of scores in float64, relative to the largest."""
+PLAIN = (bool, int, float, complex, str, tuple, list, type(None))
+PROBABILITIES = 2**-20
+"""Logits that are closer can tie as probabilities in float32, of which PPO's and A2C's `predict` takes the largest: at most 7/8 of it
+for up to e^8 actions, twice the rounding of log-probabilities below 8, of their exponentials and of the division."""
 
 
 class LipschitzScores:
@@ -37,13 +41,15 @@ class LipschitzScores:
 
     Statements are about the greedy decision, an argmax over the scores. They hold for the weights as they are at each call: a change
     is noticed by value. Units are those of the observations given, before any preprocessing of the policy's own.
+
+    A view holds the layers of a Stable-Baselines3 model: what happens to those is noticed. What is put in their place in the model
+    later (`model.policy.q_net.q_net = ...`), or hooked to the modules around them, is not: make a new one.
     """
 
     def __init__(self, policy: nn.Module) -> None:
         self._policy = policy
-        self._network: nn.Module = policy.actor if isinstance(policy, PolicyView) else policy
         self._shape = policy.observation_shape if isinstance(policy, PolicyView) else None
-        self._state: tuple[dict[str, Any], str] | None = None
+        self._state: _State | None = None
         self._refresh()
 
     @classmethod
@@ -55,7 +61,7 @@ class LipschitzScores:
                 scores (n, K): a chain of layers of which a constant is known (`robustrl.networks.constants`). A layer of another class
                 is taken at the word of its method `lipschitz()`, and named in the certificates.
         Raises:
-            TypeError: for a layer without a known constant, which is named; continuous actions; a recurrent policy.
+            TypeError: for a layer without a known constant, or with hooks, which is named; continuous actions; a recurrent policy.
             ValueError: if a weight is not finite.
         """
         if isinstance(policy, nn.Module) and not isinstance(policy, PolicyView):
@@ -68,6 +74,10 @@ class LipschitzScores:
         if view.memory_shape is not None:
             raise TypeError("policy must not be recurrent: no Lipschitz constant of its memory is known")
         return cls(view)
+
+    @property
+    def _network(self) -> nn.Module:
+        return self._policy.actor if isinstance(self._policy, PolicyView) else self._policy
 
     @property
     def lipschitz(self) -> float:
@@ -157,17 +167,17 @@ class LipschitzScores:
         device = next(self._network.parameters(), torch.empty(0)).device
         x = self._checked(observations).to(device).requires_grad_()
         with torch.enable_grad():
-            features = self._features(x).flatten(1)
+            features = self._features(x)[0].flatten(1)
             weights = torch.zeros_like(features, requires_grad=True)
             (back,) = torch.autograd.grad(features, x, weights, create_graph=True)  # J^T w, linear in w
             generator = torch.Generator().manual_seed(seed)
             direction = torch.randn(x.shape, dtype=x.dtype, generator=generator).to(device)
             for _ in range(check_count("steps", steps)):
-                direction = direction / _lengths(direction).clamp_min(sys.float_info.min).reshape(-1, *(1,) * (x.ndim - 1))
+                direction = direction / lengths(direction).clamp_min(sys.float_info.min).reshape(-1, *(1,) * (x.ndim - 1))
                 (forth,) = torch.autograd.grad(back, weights, direction, retain_graph=True)
                 (direction,) = torch.autograd.grad(features, x, forth, retain_graph=True)
-        moved, apart = _lengths(features[1:] - features[:-1]), _lengths(x[1:] - x[:-1])
-        found = [_lengths(forth), moved[apart > 0] / apart[apart > 0]]
+        moved, apart = lengths(features[1:] - features[:-1]), lengths(x[1:] - x[:-1])
+        found = [lengths(forth), moved[apart > 0] / apart[apart > 0]]
         return self._lipschitz, float(torch.cat(found).max().detach())
 
     def differences(self, n_actions: int) -> Floats:
@@ -175,8 +185,11 @@ class LipschitzScores:
         if self._head is None:
             return math.sqrt(2) * UP * (1 - np.eye(n_actions))
         rows = self._head.weight.cpu().numpy()
-        apart: Floats = np.linalg.norm(rows[:, None] - rows, axis=-1) * UP
-        return apart
+        apart = rows[:, None] - rows
+        largest = np.abs(apart).max(-1, initial=0.0)
+        scale = np.where(largest > 0, largest, 1.0)  # squares must not underflow
+        norms: Floats = np.maximum(scale * np.linalg.norm(apart / scale[..., None], axis=-1) * UP, TINY)
+        return np.where(largest > 0, norms, 0.0)
 
     def _rivals(self, scores: Floats, rounding: Floats) -> tuple[NDArray[np.int64], Floats]:
         """For every action the one that is hardest to overtake, and the l2 norm that it takes."""
@@ -205,52 +218,103 @@ class LipschitzScores:
     def _with_rounding(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         at = next(self._network.parameters(), torch.empty(0))
         inputs = inputs.to(at.device)
-        scores = features = self._features(inputs)
-        terms = features.abs()
-        if self._head is not None:
-            scores, terms = self._head(features), terms @ self._head.weight.abs().T
-        if scores.ndim != 2:
-            raise ValueError(f"the network must give scores (n, K), got shape {tuple(scores.shape)}")
-        # Twice: the action that the network takes by its own rounding then costs nothing.
+        try:
+            features, error = self._features(inputs)
+            scores, terms = features, features.abs()
+            if self._head is not None:
+                scores, terms = self._head(features), terms @ self._head.weight.abs().T
+        except RuntimeError as error_:
+            raise ValueError(f"observations of shape {tuple(inputs.shape)} do not fit the network: {error_}") from error_
+        if scores.ndim != 2 or len(scores) != len(inputs):
+            raise ValueError(
+                f"the network must give scores (n, K) of {len(inputs)} observations, got shape {tuple(scores.shape)}"
+            )
+        exact = error * float(self.differences(scores.shape[1]).max()) + ROUNDING * (terms + scores.abs()).amax(1)
+        # Twice: the action that the network takes by its own rounding then costs nothing. In other batches it may be another.
         own = 2 * (self._network(inputs.to(at.dtype)).double() - scores).abs().amax(1)
-        return scores, own + ROUNDING * (terms + scores.abs()).amax(1)
+        own = torch.maximum(own, exact * (torch.finfo(at.dtype).eps / ROUNDING))
+        return scores, own + exact + (PROBABILITIES if getattr(self._policy, "kind", None) == "logits" else 0.0)
 
-    def _features(self, inputs: Tensor) -> Tensor:
-        for link in self._links:
-            inputs = link.function(inputs).double()
-        return inputs
+    def _features(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return _through(self._links, inputs, torch.zeros(len(inputs), dtype=torch.float64, device=inputs.device))
 
     def _refresh(self) -> None:
         """Take the network apart again if it is not the one that was taken apart."""
-        state, layers = self._network.state_dict(), repr(self._network)  # which tells kinds and settings
-        if self._state is not None:
-            kept, same = self._state[0], self._state[1] == layers and self._state[0].keys() == state.keys()
-            if same and all(_equal(kept[name], state[name]) for name in kept):
-                return
+        if isinstance(self._policy, PolicyView):
+            refuse_altered(self._policy)
+        network = self._network
+        if self._state is not None and self._state.is_of(network):
+            return
         self._state = None
-        twin = copy.deepcopy(self._network).double().requires_grad_(False)
+        with torch.no_grad():
+            acting = chain(network)  # whose operators in its own precision are not exactly those in float64
+        twin = copy.deepcopy(network).double().requires_grad_(False)
         for module in twin.modules():
             if "inplace" in vars(module):
                 vars(module)["inplace"] = False
         with torch.no_grad():
             links = chain(twin)
+        constants = [max(link.lipschitz, other.lipschitz) for link, other in zip(links, acting, strict=True)]
+        links = [replace(link, lipschitz=most) for link, most in zip(links, constants, strict=True)]
         last = links[-1].function if links else None
         self._head = last if type(last) is nn.Linear else None  # a subclass may compute anything
         self._links = links if self._head is None else links[:-1]
         self._lipschitz = constant(self._links) * UP
         self._trusted = claims(links)
-        self._state = {name: copy.deepcopy(value) for name, value in state.items()}, layers
+        self._state = _State(network)
 
 
-def _lengths(rows: Tensor) -> Tensor:
-    lengths: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1)
-    return lengths
+class _State:
+    """What decides what a network computes: its modules, their settings, hooks and methods, and tensors by value."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.modules, self.settings, tensors = self._read(network)
+        self.tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+    @staticmethod
+    def _read(network: nn.Module) -> tuple[list[nn.Module], list[Any], dict[tuple[str, str], Tensor]]:
+        modules, settings, tensors = [], list[Any](), {}
+        for name, module in network.named_modules():
+            modules.append(module)
+            settings += [name, type(module), len(module._forward_hooks), len(module._forward_pre_hooks)]
+            for key, value in {**vars(module), **module._parameters, **module._buffers}.items():
+                if isinstance(value, Tensor):
+                    tensors[name, key] = value
+                elif callable(value):
+                    settings.append((key, value))
+                elif key != "training" and isinstance(value, PLAIN):
+                    settings.append((key, repr(value)))
+        return modules, settings, tensors
+
+    def is_of(self, network: nn.Module) -> bool:
+        modules, settings, tensors = self._read(network)
+        if (modules, settings, tensors.keys()) != (self.modules, self.settings, self.tensors.keys()):
+            return False
+        return all(_equal(kept, tensors[name]) for name, kept in self.tensors.items())
 
 
-def _equal(kept: Any, now: Any) -> bool:
-    if isinstance(kept, Tensor) and isinstance(now, Tensor):
-        return kept.dtype == now.dtype and kept.device == now.device and torch.equal(kept, now)
-    return False
+def _equal(kept: Tensor, now: Tensor) -> bool:
+    return kept.dtype == now.dtype and kept.device == now.device and torch.equal(kept, now)
+
+
+@dataclass(frozen=True)
+class _SideBySide(Link):
+    """Chains for blocks of columns, of which the outputs are joined."""
+
+    parts: tuple[list[Link], ...] = ()
+    sizes: tuple[int, ...] = ()
+
+    def through(self, inputs: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        blocks = torch.split(inputs, list(self.sizes), dim=1)
+        found = [_through(part, block, error) for part, block in zip(self.parts, blocks, strict=True)]
+        outputs, errors = zip(*found, strict=True)
+        return torch.cat(outputs, dim=1), torch.linalg.vector_norm(torch.stack(errors), dim=0)
+
+
+def _through(links: Iterable[Link], inputs: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    for link in links:
+        inputs, error = link.through(inputs, error)
+    return inputs, error
 
 
 @known.register
@@ -276,23 +340,24 @@ def _(layer: _Network) -> list[Link]:
     entries, extractor = layer._entries, layer.extractor
     if entries[0].key is None:
         return [_scaling(entries[0]), *chain(extractor), *chain(layer.heads)]
-    if type(extractor) is not CombinedExtractor:
+    keys = [str(entry.key) for entry in entries]
+    if type(extractor) is not CombinedExtractor or list(extractor.extractors) != keys:
         raise TypeError(f"no Lipschitz constant is known of {type(extractor).__name__} of dictionaries")
-    parts = [[Link(e.laid_out, 1.0), _scaling(e), *chain(extractor.extractors[str(e.key)])] for e in entries]
-    sizes = [math.prod(entry.shape) for entry in entries]
-
-    def side_by_side(joint: Tensor) -> Tensor:
-        return torch.cat([_apply(part, x) for part, x in zip(parts, torch.split(joint, sizes, dim=1), strict=True)], dim=1)
-
-    trusted = claims(link for part in parts for link in part)
-    return [Link(side_by_side, max(map(constant, parts)), trusted), *chain(layer.heads)]
+    for module in (extractor, extractor.extractors):
+        refuse_altered(module)
+    parts = [
+        [Link(entry.laid_out, 1.0), _scaling(entry), *chain(extractor.extractors[key])]
+        for entry, key in zip(entries, keys, strict=True)
+    ]
+    joined = _SideBySide(
+        layer.features,
+        max(map(constant, parts)),
+        claims(link for part in parts for link in part),
+        parts=tuple(parts),
+        sizes=tuple(math.prod(entry.shape) for entry in entries),
+    )
+    return [joined, *chain(layer.heads)]
 
 
 def _scaling(entry: _Entry) -> Link:
     return Link(entry.scaled, float(entry.scaled(torch.ones(1, dtype=torch.float64))) * UP)
-
-
-def _apply(links: list[Link], inputs: Tensor) -> Tensor:
-    for link in links:
-        inputs = link.function(inputs)
-    return inputs

@@ -31,7 +31,8 @@ def pushes(margins: Floats, differences: Floats, lipschitz: float) -> Floats:
         differences: ||w_b - w_a||, of a shape that goes with it.
         lipschitz: L.
     """
-    reach = np.broadcast_to(differences * lipschitz, margins.shape)
+    reach = np.where((differences > 0) & (lipschitz > 0), np.maximum(differences * lipschitz, sys.float_info.min), 0.0)
+    reach = np.broadcast_to(reach, margins.shape)
     out = np.full(margins.shape, math.inf)
     with np.errstate(over="ignore"):
         np.divide(margins, reach, out=out, where=reach > 0)

@@ -218,6 +218,21 @@ def activation(
     return recipe
 
 
+def from_text(text: str) -> Callable[[], Activation]:
+    """`activation` of "swish", "swish:4" (beta) or "leaky_relu:0.1" (slope).
+
+    Raises:
+        ValueError: for an unknown name, or a setting that it does not have.
+    """
+    name, colon, setting = text.partition(":")
+    check_choice("activation", name, (*FAMILIES, *RELUS))
+    try:
+        value = float(setting) if colon else None
+    except ValueError:
+        raise ValueError(f"activation must be NAME or NAME:NUMBER, got {text!r}") from None
+    return activation(name, slope=value) if name == "leaky_relu" else activation(name, beta=value)
+
+
 def from_curvature(curvature: float, name: str = "swish", *, learnable: bool = False) -> Callable[[], Activation]:
     """`activation` by its curvature: exact for smooth ones, secant at h = 0.1 for "leaky_relu".
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +20,17 @@ import torch
 from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
 from torch import Tensor, nn
 
-from robustrl.errors import check_real
+from robustrl.errors import check_real, refuse_altered
 from robustrl.networks.activations import FAMILIES, LeakyReLU, SmoothActivation
 from robustrl.networks.extractors import Contraction, LipschitzCNN, LipschitzExtractor, LipschitzMLP
 from robustrl.networks.skew_orthogonal import Householder, MaxMin, OrthogonalLinear, SkewOrthogonalConv2d
 
 UP = 1 + 1e-11
 """Rounds a norm up by more than float64 can err."""
+TINY = sys.float_info.min
+"""What is positive is at least this: it must not underflow to 0, which says that nothing can be moved."""
+ROUNDING = 1e-12
+"""Of a layer in float64, relative to the numbers that it adds up."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +41,27 @@ class Link:
         function: what it computes of (n, *inputs).
         lipschitz: how much further apart, in l2, outputs can be than inputs.
         trusted: the classes of layers whose constants are their own claims.
+        inside: size per entry of numbers that cancel inside the layer.
     """
 
     function: Callable[[Tensor], Tensor]
     lipschitz: float
     trusted: tuple[str, ...] = ()
+    inside: float = 0.0
+
+    def through(self, inputs: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs in float64, and how far rounding may have moved them, if it has moved the inputs by `error` in l2, (n,)."""
+        outputs = self.function(inputs).double()
+        if len(outputs) != len(inputs):
+            raise ValueError(f"the network must give a row per observation, got {len(outputs)} for {len(inputs)}")
+        within = self.inside * math.sqrt(outputs[0].numel())
+        return outputs, self.lipschitz * error + ROUNDING * (self.lipschitz * lengths(inputs) + lengths(outputs) + within)
+
+
+def lengths(rows: Tensor) -> Tensor:
+    """l2 norms of (n, *shape), (n,)."""
+    norms: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1)
+    return norms
 
 
 def chain(layer: nn.Module) -> list[Link]:
@@ -51,13 +72,11 @@ def chain(layer: nn.Module) -> list[Link]:
         ValueError: if a constant is not finite.
     """
     name = type(layer).__name__
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, vars(layer).get("forward"))
-    if any(hooks):
-        raise TypeError(f"layer {name} has hooks or a forward of its own, so that nothing is known of what it computes")
+    refuse_altered(layer)
     if type(layer) in known.registry:
         links = known(layer)
-    elif callable(claim := getattr(layer, "lipschitz", None)):
-        links = [Link(layer, claim(), trusted=(name,))]
+    elif callable(claim := getattr(type(layer), "lipschitz", None)):
+        links = [Link(layer, claim(layer), trusted=(name,))]
     else:
         raise TypeError(
             f"no Lipschitz constant is known of layer {name}; give it a method lipschitz() if you have a proof of one"
@@ -70,7 +89,8 @@ def chain(layer: nn.Module) -> list[Link]:
 
 def constant(links: Iterable[Link]) -> float:
     """The constant of a chain."""
-    return math.prod(link.lipschitz for link in links)
+    factors = [link.lipschitz for link in links]
+    return functools.reduce(lambda product, factor: max(product * factor, TINY), factors, 1.0) if all(factors) else 0.0
 
 
 def claims(links: Iterable[Link]) -> tuple[str, ...]:
@@ -95,7 +115,6 @@ SLOPES: dict[type[nn.Module], Callable[[Any], float]] = {
     nn.ELU: lambda layer: max(1.0, abs(layer.alpha)),
     nn.SiLU: lambda layer: FAMILIES["swish"].slopes[1],
     nn.Mish: lambda layer: FAMILIES["mish"].slopes[1],
-    nn.Flatten: lambda layer: 1.0,
 }
 """Largest slopes of torch's functions of single entries."""
 
@@ -110,8 +129,25 @@ def _by_itself(layer: Any) -> list[Link]:
 
 for _kind in SLOPES:
     known.register(_kind, _by_slope)
-for _kind in (Contraction, MaxMin, Householder, OrthogonalLinear, SkewOrthogonalConv2d, SmoothActivation, LeakyReLU):
+for _kind in (MaxMin, Householder, OrthogonalLinear, SkewOrthogonalConv2d, LeakyReLU):
     known.register(_kind, _by_itself)
+
+
+@known.register
+def _(layer: SmoothActivation) -> list[Link]:
+    return [Link(layer, layer.lipschitz(), inside=1 / layer.beta)]
+
+
+@known.register
+def _(layer: Contraction) -> list[Link]:
+    return [*chain(layer.curve), Link(lambda inputs: inputs / layer.slope, UP / abs(layer.slope))]
+
+
+@known.register
+def _(layer: nn.Flatten) -> list[Link]:
+    if layer.start_dim < 1:
+        raise TypeError(f"Flatten: start_dim must be >= 1, got {layer.start_dim}: observations must stay apart")
+    return [Link(layer, 1.0)]
 
 
 @known.register
@@ -143,14 +179,22 @@ def _(layer: nn.Conv1d | nn.Conv2d) -> list[Link]:
         raise TypeError(f"{type(layer).__name__}: padding_mode must be 'zeros', got {layer.padding_mode!r}")
     weight = layer.weight.flatten(2)
     taps = weight.reshape(layer.groups, -1, *weight.shape[1:]).movedim(-1, 0)
-    return [Link(layer, sum(_norm(tap) for tap in taps))]
+
+    def apart(inputs: Tensor) -> Tensor:
+        if inputs.ndim != layer.weight.ndim:  # torch would take rows for channels
+            raise ValueError(f"inputs of {type(layer).__name__} must have {layer.weight.ndim} axes, got {tuple(inputs.shape)}")
+        outputs: Tensor = layer(inputs)
+        return outputs
+
+    return [Link(apart, sum(_norm(tap) for tap in taps))]
 
 
 def _norm(blocks: Tensor) -> float:
     """Norm of a matrix of diagonal blocks (blocks, rows, columns)."""
     if not bool(blocks.isfinite().all()):
         raise ValueError("weights must be finite, got NaN or inf")
-    return float(torch.linalg.matrix_norm(blocks.detach().double(), 2).max()) * UP
+    norm = float(torch.linalg.matrix_norm(blocks.detach().double(), 2).max()) * UP
+    return max(norm, TINY) if bool(blocks.any()) else 0.0
 
 
 @known.register
@@ -171,8 +215,8 @@ def _apart(layer: nn.MaxPool2d | nn.AvgPool2d) -> bool:
     return all(step >= size for step, size in zip(_pair(layer.stride), _pair(layer.kernel_size), strict=True))
 
 
-def _pair(sizes: Any) -> tuple[int, int]:
-    return sizes if isinstance(sizes, tuple) else (sizes, sizes)
+def _pair(sizes: Any) -> tuple[int, ...]:
+    return tuple(sizes) if isinstance(sizes, tuple | list) else (sizes, sizes)
 
 
 @known.register

@@ -16,8 +16,8 @@ from stable_baselines3.common.preprocessing import get_flattened_obs_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
-from robustrl.errors import check_choice, check_count, check_positive
-from robustrl.networks.activations import FAMILIES, RELUS, Activation, activation
+from robustrl.errors import check_choice, check_count
+from robustrl.networks.activations import FAMILIES, RELUS, Activation, from_text
 from robustrl.networks.skew_orthogonal import Householder, MaxMin, OrthogonalLinear, SkewOrthogonalConv2d
 
 PAIRS: dict[str, Callable[[int], nn.Module]] = {"maxmin": lambda channels: MaxMin(), "householder": Householder}
@@ -48,6 +48,9 @@ class Contraction(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         return cast(Tensor, self.curve(inputs)) / self.slope
 
+    def extra_repr(self) -> str:
+        return f"slope={self.slope}"
+
 
 def between(text: str) -> Callable[[int], nn.Module]:
     """A recipe for what goes between layers, from the number of channels.
@@ -58,16 +61,12 @@ def between(text: str) -> Callable[[int], nn.Module]:
     Raises:
         ValueError: for an unknown name or a bad setting.
     """
-    name, colon, setting = text.partition(":")
+    name = text.partition(":")[0]
     check_choice("activation", name, (*PAIRS, *FAMILIES, *RELUS))
     if name in PAIRS:
         check_choice("activation", text, tuple(PAIRS))
         return PAIRS[name]
-    try:
-        value = check_positive("activation", float(setting)) if colon else None
-    except ValueError:
-        raise ValueError(f"activation must be NAME or NAME:NUMBER with a number > 0, got {text!r}") from None
-    curve = activation(name, slope=value) if name == "leaky_relu" else activation(name, beta=value)
+    curve = from_text(text)
     return lambda channels: Contraction(curve())
 
 

@@ -166,16 +166,18 @@ NORMALIZERS: dict[str, Callable[[Tensor], Tensor]] = {"symbol": norm_bound, "res
 
 @dataclass
 class _Kept:
-    """An operator and the weight that it was made from; spectra by size of the picture."""
+    """An operator, the weight and the settings that it was made from; spectra by size of the picture."""
 
     weight: Tensor
+    settings: tuple[Any, ...]
     operator: Tensor
     spectra: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
-    def is_of(self, weight: Tensor) -> bool:
+    def is_of(self, weight: Tensor, settings: tuple[Any, ...]) -> bool:
         # By value: SB3's target networks are written through `.data`, which no version counter notices.
         kept = self.weight
-        return kept.device == weight.device and kept.dtype == weight.dtype and torch.equal(kept, weight)
+        same = kept.device == weight.device and kept.dtype == weight.dtype and self.settings == settings
+        return same and torch.equal(kept, weight)
 
 
 class OrthogonalLayer(nn.Module, ABC):
@@ -196,6 +198,10 @@ class OrthogonalLayer(nn.Module, ABC):
     @abstractmethod
     def _operator_of(self, weight: Tensor) -> Tensor: ...
 
+    def _settings(self) -> tuple[Any, ...]:
+        """What else the operator and its spectra are made from."""
+        return (self.scale,)
+
     @abstractmethod
     def lipschitz(self) -> float:
         """Lipschitz constant from l2 to l2 of the operator in use, in float64; an upper bound.
@@ -211,10 +217,10 @@ class OrthogonalLayer(nn.Module, ABC):
         return self._keep().operator
 
     def _keep(self) -> _Kept:
-        if self._kept is None or not self._kept.is_of(self.weight):
+        if self._kept is None or not self._kept.is_of(self.weight, self._settings()):
             with torch.inference_mode(False), torch.no_grad():  # what is kept may later be part of a gradient of the input
                 weight = self.weight.detach().clone()
-                self._kept = _Kept(weight, self._operator_of(weight))
+                self._kept = _Kept(weight, self._settings(), self._operator_of(weight))
         return self._kept
 
     def _finite_operator(self) -> Tensor:
@@ -280,6 +286,9 @@ class SkewOrthogonalConv2d(OrthogonalLayer):
         self.checkpoint = checkpoint
         channels = max(self.in_channels * self.stride**2, self.out_channels)
         super().__init__((channels, channels, self.kernel_size, self.kernel_size), self.out_channels, bias)
+
+    def _settings(self) -> tuple[Any, ...]:
+        return self.scale, self.max_norm, self.normalizer, self.terms
 
     def _operator_of(self, weight: Tensor) -> Tensor:
         filters = skew_filter(weight) * self.scale

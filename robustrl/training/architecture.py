@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from robustrl.errors import check_choice
-from robustrl.networks.activations import FAMILIES, RELUS, activation
+from robustrl.networks.activations import from_text
 from robustrl.networks.extractors import LipschitzCNN, LipschitzMLP
 
 NETWORKS = {"mlp": None, "lipschitz-mlp": LipschitzMLP, "lipschitz-cnn": LipschitzCNN}
@@ -27,25 +27,10 @@ def architecture(algo: str, network: str | None = None, activation_fn: str | Non
     """
     extractor = None if network is None else NETWORKS[check_choice("network", network, tuple(NETWORKS))]
     if extractor is None:
-        return {} if activation_fn is None else {"activation_fn": parse_activation(activation_fn)}
+        return {} if activation_fn is None else {"activation_fn": from_text(activation_fn)}
     if algo == "recurrent_ppo":
         raise ValueError(f"network {network!r} has no meaning for recurrent_ppo: no Lipschitz constant of its LSTM is known")
     kwargs: dict[str, Any] = {"features_extractor_class": extractor, "net_arch": []}
     if activation_fn is not None:
         kwargs["features_extractor_kwargs"] = {"activation": activation_fn}
     return kwargs | ({"share_features_extractor": False} if algo in SHARING else {})
-
-
-def parse_activation(text: str) -> Any:
-    """`robustrl.networks.activation` of "swish", "swish:4" (beta) or "leaky_relu:0.1" (slope).
-
-    Raises:
-        ValueError: for an unknown name, or a setting that it does not have.
-    """
-    name, separator, setting = text.partition(":")
-    check_choice("activation", name, (*FAMILIES, *RELUS))
-    try:
-        value = float(setting) if separator else None
-    except ValueError:
-        raise ValueError(f"activation must be NAME or NAME:NUMBER, got {text!r}") from None
-    return activation(name, slope=value) if name == "leaky_relu" else activation(name, beta=value)

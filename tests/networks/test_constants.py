@@ -21,8 +21,9 @@ from robustrl.networks import (
     SkewOrthogonalConv2d,
     activation,
 )
-from robustrl.networks.activations import FAMILIES
-from robustrl.networks.constants import Link, chain, constant
+from robustrl.networks.activations import FAMILIES, LeakyReLU
+from robustrl.networks.constants import Link, chain, claims, constant
+from robustrl.networks.extractors import Contraction
 
 PICTURES = gym.spaces.Box(0, 1, (2, 6, 6), np.float32)
 
@@ -155,6 +156,17 @@ def patched() -> nn.Module:
     return layer
 
 
+def with_method(layer: nn.Module, name: str) -> nn.Module:
+    setattr(layer, name, lambda *inputs: 1e-6)
+    return layer
+
+
+def contraction(curve: nn.Module) -> Contraction:
+    layer = Contraction(LeakyReLU(0.5))
+    layer.curve = curve  # type: ignore[assignment]
+    return layer
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -168,10 +180,20 @@ def patched() -> nn.Module:
         (lambda: nn.Sequential(nn.ReLU(), nn.Sequential(nn.BatchNorm2d(2))), "BatchNorm2d"),
         (hooked, "Linear has hooks"),
         (hooked_before, "Linear has hooks"),
-        (patched, "Linear has hooks or a forward of its own"),
+        (patched, "Linear has forward of its own"),
+        (lambda: with_method(nn.Conv2d(1, 1, 1), "_conv_forward"), "Conv2d has _conv_forward of its own"),
+        (lambda: with_method(MaxMin(), "lipschitz"), "MaxMin has lipschitz of its own"),
+        (lambda: with_method(nn.LayerNorm(3), "lipschitz"), "no Lipschitz constant is known of layer LayerNorm"),
+        (lambda: contraction(hooked()), "Linear has hooks"),
+        (lambda: contraction(nn.Softplus()), "no Lipschitz constant is known of layer Softplus"),
+        (lambda: nn.utils.weight_norm(nn.Linear(3, 3)), "Linear has hooks"),
+        (lambda: torch.jit.script(nn.Linear(3, 3)), "RecursiveScriptModule"),
+        (lambda: nn.Flatten(0), "start_dim must be >= 1"),
         (lambda: nn.GELU(approximate="tanh"), "approximate must be 'none'"),
         (lambda: nn.MaxPool2d(3, stride=2), "windows must not overlap"),
         (lambda: nn.MaxPool2d((2, 3), stride=(2, 2)), "windows must not overlap"),
+        (lambda: nn.MaxPool2d([1, 9], stride=[2, 1]), "windows must not overlap"),
+        (lambda: nn.AvgPool2d([1, 3], stride=[2, 1], padding=[0, 1]), "windows must not overlap"),
         (lambda: nn.MaxPool2d(2, dilation=2), "windows must not overlap"),
         (lambda: nn.AvgPool2d(3, stride=2), "windows must not overlap"),
         (lambda: nn.AvgPool2d(2, divisor_override=1), "divisor_override"),
@@ -202,3 +224,58 @@ def test_broken_weights_have_no_constant(make: Callable[[], nn.Module], value: f
         layer.weight.view(-1)[1] = value  # type: ignore[union-attr, operator]
     with pytest.raises(ValueError, match="must be finite"):
         chain(layer)
+
+
+def test_a_claim_inside_a_contraction_is_marked() -> None:
+    assert claims(chain(contraction(Claims(3.0)))) == ("Claims",)
+
+
+def test_hooks_on_every_module_are_refused() -> None:
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: 2 * output)
+    try:
+        with pytest.raises(TypeError, match="ReLU has hooks"):
+            chain(nn.ReLU())
+    finally:
+        handle.remove()
+
+
+def test_settings_in_lists_are_those_in_tuples() -> None:
+    assert constant(chain(nn.MaxPool2d([3, 3], stride=[4, 3]))) == 1  # type: ignore[arg-type]
+
+
+def test_products_of_constants_do_not_underflow() -> None:
+    """(1e-170)^2 1e300 is 1e-40, though the first product alone is below all floats."""
+    links = [Link(nn.Identity(), factor) for factor in (1e-170, 1e-170, 1e300)]
+    assert 1e-40 <= constant(links) < 1
+    assert constant([*links, Link(nn.Identity(), 0.0)]) == 0
+    tiny = nn.Linear(2, 2).double()
+    tiny.weight.data.fill_(5e-324)
+    assert constant(chain(tiny)) > 0
+
+
+def test_rows_are_never_taken_for_channels() -> None:
+    """torch's convolutions take an input without a batch for one picture."""
+    for layer, x in ((nn.Conv2d(3, 3, 1), torch.ones(3, 2, 2)), (nn.Conv1d(3, 3, 1), torch.ones(3, 2))):
+        with pytest.raises(ValueError, match="must have . axes"):
+            chain(layer)[0].function(x)
+
+
+@pytest.mark.parametrize("name", ["softplus", "squareplus", "logcosh", "bent_identity", "swish", "sigmoid"])
+@pytest.mark.parametrize("beta", [1e-12, 1e-4, 1.0])
+def test_rounding_in_float64_is_within_what_is_said(name: str, beta: float) -> None:
+    """Against forms of f(beta x) / beta in which nothing cancels: the numbers that cancel in ours are about 1 / beta."""
+    layer = activation(name, beta=beta)().double()
+    x = torch.linspace(-1, 1, 101, dtype=torch.float64)[:, None]
+    z = beta * x
+    exact = {
+        "softplus": z / 2 + (z / 4).sinh().square().mul(2).log1p(),
+        "squareplus": z / 2 + z.square() / 4 / (1 + (z.square() / 4 + 1).sqrt()),
+        "logcosh": (z / 2).sinh().square().mul(2).log1p(),
+        "bent_identity": z + z.square() / 2 / (1 + (z.square() + 1).sqrt()),
+        "swish": z / (1 + (-z).exp()),
+        "sigmoid": 1 / (1 + (-z).exp()),
+    }[name] / beta
+    (link,) = chain(layer)
+    found, error = link.through(x, torch.zeros(len(x), dtype=torch.float64))
+    assert bool(((found - exact).abs()[:, 0] <= error).all())
+    assert float(error.max()) <= 1e-11 / min(beta, 1)

@@ -12,11 +12,11 @@ import torch
 from stable_baselines3 import A2C, DQN, PPO, SAC
 
 from robustrl.errors import UnsafeModelError
-from robustrl.networks.activations import LeakyReLU, SmoothActivation
+from robustrl.networks.activations import LeakyReLU, SmoothActivation, from_text
 from robustrl.networks.extractors import LipschitzCNN, LipschitzMLP
 from robustrl.policy import PolicyView
 from robustrl.policy.loading import _known_text, load_model
-from robustrl.training.architecture import architecture, parse_activation
+from robustrl.training.architecture import architecture
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ from robustrl.training.architecture import architecture, parse_activation
     ],
 )
 def test_an_activation_is_its_name_and_its_setting(text: str, kind: type, setting: dict[str, Any]) -> None:
-    made = parse_activation(text)()
+    made = from_text(text)()
     assert type(made) is kind
     assert {name: getattr(made, name) for name in setting} == setting
 
@@ -37,7 +37,7 @@ def test_an_activation_is_its_name_and_its_setting(text: str, kind: type, settin
 @pytest.mark.parametrize("text", ["sine", "", "swish:", "swish:steep", "swish:-1", "swish:nan", "relu:2", "leaky_relu:2"])
 def test_what_is_no_activation_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="activation|beta|slope"):
-        parse_activation(text)
+        from_text(text)
 
 
 def test_a_lipschitz_network_is_an_extractor_and_one_linear_layer_of_the_actor_alone() -> None:
