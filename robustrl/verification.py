@@ -12,6 +12,7 @@ from scipy.stats import fisher_exact, ks_2samp
 from robustrl.certify.certificate import Certificate
 from robustrl.certify.deterministic import DeterministicCertificate
 from robustrl.certify.episode import EpisodeCertificate
+from robustrl.certify.lipschitz import LipschitzScores
 from robustrl.certify.storage import plain_data
 from robustrl.envs.bounds import known_return_bounds
 from robustrl.envs.recipe import EnvRecipe
@@ -133,6 +134,8 @@ def _verify_search(certificate: DeterministicCertificate, model: Any, env: Any, 
         if env is not None or model is not None:
             raise
         recipe = None
+    if "seed" not in recorded and (model is not None or env is not None):
+        raise CertificateError("the certificate does not record the seed of its episodes: some may be left out, or chosen")
     check_statement(certificate, recipe)
     if model is None or recipe is None:
         return Verification(certificate)
@@ -141,6 +144,9 @@ def _verify_search(certificate: DeterministicCertificate, model: Any, env: Any, 
         raise CertificateError("the model is not the certified one: its weights have another hash")
     if recorded.get("versions") == build() and recorded.get("code") != code_of(recipe):
         raise CertificateError("env is not the certified environment: its factory or wrappers have other code")
+    trusted = list(LipschitzScores.of(policy).trusted)
+    if recorded.get("trusted") != trusted:
+        raise CertificateError(f"layers taken at their word are {trusted}, not {recorded.get('trusted')}")
     return Verification(certificate, tuple(replay_paths(certificate, policy, recipe, check_count("replay", replay))))
 
 

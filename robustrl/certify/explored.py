@@ -107,7 +107,7 @@ class Explored(NamedTuple):
     """Trees of episodes (joined where histories lead to one state), one after the other.
 
     Attributes:
-        seeds: of the environment, int64 (n,).
+        seeds: of the environment, all different, >= 0, int64 (n,).
         roots: first state of every episode, int32 (n,), increasing; its states are those up to the next root.
         times: steps taken before a state, int32 (N,).
         ended: whether the episode is over, bool (N,).
@@ -137,6 +137,8 @@ class Explored(NamedTuple):
         sizes = np.diff(self.roots, append=states)
         if n == 0 or self.roots[0] != 0 or sizes.min() < 1 or self.times[self.roots].any() or self.ended[self.roots].any():
             raise ValueError("roots must be the first states of episodes that have begun and not ended, in order")
+        if self.seeds.min() < 0 or len(np.unique(self.seeds)) < n:
+            raise ValueError("seeds must be >= 0 and all different: an episode counts once")
         if self.times.min() < 0 or self.times.max() > horizon or (self.times == horizon)[~self.ended].any():
             raise ValueError(f"times must be from 0 to the horizon {horizon}, where every episode has ended")
         if never_ends_early and (self.times[self.ended] < horizon).any():

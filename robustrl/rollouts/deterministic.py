@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from robustrl.certify.certificate import Floats
 from robustrl.certify.deterministic import METHODS, DeterministicCertificate
-from robustrl.certify.explored import UNSEARCHED, Accounting
+from robustrl.certify.explored import UNSEARCHED, Accounting, Explored
 from robustrl.certify.lipschitz import LipschitzScores
+from robustrl.certify.margins import from_l2, pushes
 from robustrl.certify.storage import plain_data
 from robustrl.envs.bounds import known_return_bounds
 from robustrl.envs.recipe import EnvRecipe, find_spec
@@ -25,20 +28,22 @@ from robustrl.rollouts.engines import refuse_unseeded
 from robustrl.rollouts.executor import build, one_thread
 from robustrl.rollouts.identity import identity
 from robustrl.rollouts.progress import progress_bar as bar
-from robustrl.rollouts.tree import Search, Stepper, explore
+from robustrl.rollouts.tree import Search, Stepper, clean_length, explore
 from robustrl.seeding import chunk_seeds, slot_seeds
 from robustrl.threat import ThreatModel
 
 CHUNK = 4096
 """Episodes per branch of the seed tree."""
 SAME = 1e-3
-"""What float32 on another machine, or in another batch, may make of a cost, relative to the largest of the state."""
+"""What the environment's rounding on another machine may make of a cost, relatively."""
 REWARDS = {
     "gymnasium.envs.classic_control.cartpole:CartPoleEnv": 1.0,
     "gymnasium.envs.classic_control.acrobot:AcrobotEnv": -1.0,
     "gymnasium.envs.classic_control.mountain_car:MountainCarEnv": -1.0,
 }
 """Least reward of a step of Gymnasium's own environments without arguments, by entry point."""
+ENDING = frozenset(REWARDS)
+"""Gymnasium's own environments that may end an episode early, by entry point: a pole that falls, a goal that is reached."""
 
 
 def certify_deterministic(
@@ -104,6 +109,8 @@ def certify_deterministic(
     floor = sure_return(recipe, rest)
     if return_low is not None:
         floor = max(floor, check_real("return_low", return_low))
+    refuse_false(recipe, low, floor, never_ends_early)
+    constants = LipschitzScores.of(policy)
     search = make_search(policy, recipe, accounting, grid, rest=rest, reward_low=low, nodes=nodes if method == "tree" else 0)
     refuse_unseeded(recipe)
     seeds = episode_seeds(seed, episodes)
@@ -130,10 +137,16 @@ def certify_deterministic(
             "nodes": nodes,
             "versions": dict(build()),
             "device": policy.device.type,
+            "lipschitz": constants.lipschitz,
+            "trusted": list(constants.trusted),
         },
     )
+    if never_ends_early:
+        with one_thread():
+            for number in np.flatnonzero(~ended_within(evidence)):
+                check_length(search, evidence, int(number))
     try:
-        replay_paths(certificate, policy, recipe, episodes=2, paths=2, costs=False)
+        replay_paths(certificate, policy, recipe, episodes=2, paths=2)
     except CertificateError as error:
         raise ChainError(
             f"{recipe.label} does not repeat itself ({error}): it has random numbers that reset(seed=...) does not seed, or state that "
@@ -181,6 +194,43 @@ def known_reward_low(recipe: EnvRecipe) -> float | None:
     return REWARDS.get(str(spec.entry_point))
 
 
+def refuse_false(recipe: EnvRecipe, reward_low: float, return_low: float, never_ends_early: bool) -> None:
+    """Raise ValueError for words about rewards and ends that are known to be false.
+
+    Of an environment of which nothing is known, its owner's word is taken; the certificate's table says so.
+    """
+    low = known_reward_low(recipe)
+    if low is not None and reward_low > low:
+        raise ValueError(f"reward_low is {reward_low:g}, but a step may pay as little as {low:g}")
+    if never_ends_early and may_end_early(recipe):
+        raise ValueError(
+            f"never_ends_early must be False: an episode of {recipe.label} may end before its {recipe.horizon} steps"
+        )
+    sure = sure_return(recipe, reward_low if never_ends_early else min(reward_low, 0.0))
+    if known_return_bounds(recipe)[0] is not None and return_low > sure:
+        raise ValueError(f"return_low is {return_low:g}, but an episode may return as little as {sure:g}")
+
+
+def may_end_early(recipe: EnvRecipe) -> bool:
+    """Whether some episodes are known to end before the horizon; wrappers make it unknown."""
+    if recipe.env_id is None or recipe.wrappers:
+        return False
+    spec = find_spec(recipe.env_id)
+    return not spec.additional_wrappers and spec.entry_point in ENDING
+
+
+def ended_within(tree: Explored) -> NDArray[np.bool_]:
+    """Whether an end of every episode was seen, (n,)."""
+    return np.logical_or.reduceat(tree.ended, tree.roots)
+
+
+def check_length(search: Search, tree: Explored, episode: int) -> None:
+    """Raise ValueError if an episode that nobody attacks, played again, ends before the horizon."""
+    steps, horizon = clean_length(search, int(tree.seeds[episode])), search.recipe.horizon
+    if steps < horizon:
+        raise ValueError(f"never_ends_early must be False: an episode ended after {steps} of {horizon} steps")
+
+
 def sure_return(recipe: EnvRecipe, rest: float) -> float:
     """Sure lower bound of an episode's return: the better one of what is known of it, and of the rewards of its steps."""
     known = known_return_bounds(recipe)[0]
@@ -191,23 +241,16 @@ def sure_return(recipe: EnvRecipe, rest: float) -> float:
 def check_statement(certificate: DeterministicCertificate, recipe: EnvRecipe | None) -> None:
     """Raise CertificateError if what is said about episodes, rewards and budgets does not follow from seed and recipe."""
     recorded = certificate.provenance
-    if "seed" in recorded and not np.array_equal(episode_seeds(recorded["seed"], certificate.n), certificate.evidence.seeds):
+    if "seed" in recorded and not _same_seeds(recorded["seed"], certificate.evidence.seeds):
         raise CertificateError(f"its episodes are not those of seed {recorded['seed']}: some were left out, or chosen")
     if recipe is None:
         if certificate.threat is not None or recorded.get("units", "raw") != "raw":
             raise CertificateError("what the budgets mean cannot be recomputed without the environment, pass env=")
         return
-    low, rest = (
-        known_reward_low(recipe),
-        certificate.reward_low if certificate.never_ends_early else min(certificate.reward_low, 0.0),
-    )
-    if low is not None and certificate.reward_low > low:
-        raise CertificateError(f"field 'reward_low' is {certificate.reward_low:g}, but a step may pay as little as {low:g}")
-    # Of an environment of which nothing is known, its owner's word is taken, as for rewards; the table says so.
-    if known_return_bounds(recipe)[0] is not None and certificate.return_low > sure_return(recipe, rest):
-        raise CertificateError(
-            f"field 'return_low' is {certificate.return_low:g}, but an episode may return as little as {sure_return(recipe, rest):g}"
-        )
+    try:
+        refuse_false(recipe, certificate.reward_low, certificate.return_low, certificate.never_ends_early)
+    except ValueError as error:
+        raise CertificateError(f"what it takes as sure is false: {error}") from None
     if recorded.get("units", frame_units(recipe)) != frame_units(recipe):
         raise CertificateError(
             f"its units are said to be {recorded['units']!r}, but frames of {recipe.label} are {frame_units(recipe)!r}"
@@ -225,25 +268,30 @@ def check_statement(certificate: DeterministicCertificate, recipe: EnvRecipe | N
         raise CertificateError(f"field 'threat' stands for the budgets {grid} in {recipe.label}, not for {certificate.budgets}")
 
 
+def _same_seeds(seed: Any, seeds: NDArray[np.int64]) -> bool:
+    try:
+        return np.array_equal(episode_seeds(check_count("seed", seed, least=0), len(seeds)), seeds)
+    except (TypeError, ValueError) as error:
+        raise CertificateError(f"no episodes have the recorded seed: {error}") from None
+
+
 def replay_paths(
     certificate: DeterministicCertificate,
     policy: PolicyView,
     recipe: EnvRecipe,
     episodes: int,
     paths: int = 8,
-    *,
-    costs: bool = True,
 ) -> list[int]:
-    """Walk random paths of random episodes' trees again, from the start; numbers of the episodes.
+    """Walk random paths of random episodes' trees again, from the start; numbers of the episodes of which a step was walked.
 
     Args:
         certificate: with the trees.
         policy, recipe: that were certified.
         episodes: most episodes.
         paths: of each; the first is the clean one.
-        costs: whether to ask the network again, too.
     Raises:
-        CertificateError: if a reward or an end comes out differently, or an action costs less than the tree says.
+        CertificateError: if a reward or an end comes out differently, an action costs less than the tree says, or an episode ends early
+            that never should.
     """
     tree, rng = certificate.evidence, np.random.default_rng()
     settings: dict[str, Any] = {"rest": 0.0, "reward_low": certificate.reward_low, "nodes": 0}
@@ -251,7 +299,13 @@ def replay_paths(
     chosen = sorted(rng.choice(certificate.n, size=min(episodes, certificate.n), replace=False).tolist())
     order = np.argsort(tree.parents, kind="stable")
     starts = np.searchsorted(tree.parents[order], np.arange(len(tree.times) + 1))
+    ended, walked = ended_within(tree), set[int]()
     for episode in chosen:
+        if certificate.never_ends_early and not ended[episode]:
+            try:
+                check_length(search, tree, episode)
+            except ValueError as error:
+                raise CertificateError(f"episode {episode} cannot be played again: {error}") from None
         for path in range(paths):
             stepper, state = Stepper(search, int(tree.seeds[episode])), int(tree.roots[episode])
             seen: list[tuple[int, NDArray[Any]]] = []
@@ -267,17 +321,17 @@ def replay_paths(
                 except (ValueError, IndexError) as error:
                     raise CertificateError(f"episode {episode} cannot be played again: {error}") from None
                 state = int(tree.children[edge])
+                walked.add(episode)
                 if over != tree.ended[state] or not np.isclose(reward, tree.rewards[edge], rtol=1e-9, atol=1e-12):
                     raise CertificateError(f"episode {episode} comes out differently after {tree.times[state]} steps")
             stepper.close()
-            if costs:
-                _check_costs(
-                    certificate,
-                    search,
-                    [(state, order[starts[state] : starts[state + 1]]) for state, _ in seen],
-                    [s for _, s in seen],
-                )
-    return chosen
+            _check_costs(
+                certificate,
+                search,
+                [(state, order[starts[state] : starts[state + 1]]) for state, _ in seen],
+                [s for _, s in seen],
+            )
+    return sorted(walked)
 
 
 def _check_costs(
@@ -292,13 +346,22 @@ def _check_costs(
         stated[row, tree.actions[known]] = tree.costs[known]
     times = tree.times[[state for state, _ in places]][:, None]
     within = accounting.charges(found, times) <= accounting.limits(certificate.budgets).max() * (1 - 2 * SAME)
-    scale = np.where(np.isfinite(found), found, 0.0).max(1, keepdims=True)
-    wrong = within & (stated > found + SAME * scale)
+    most = np.maximum(found, _without_rounding(search, stacks, accounting.cost_norm))
+    wrong = within & (stated > most * (1 + SAME))
     if wrong.any():
         row, action = np.argwhere(wrong)[0]
         raise CertificateError(
             f"step {times[row, 0]} of a path: action {action} costs {found[row, action]:g}, not {stated[row, action]:g}"
         )
+
+
+def _without_rounding(search: Search, stacks: list[NDArray[Any]], norm: float) -> Floats:
+    """What actions would cost without the network's rounding in float32, which is another one on other machines, (n, K)."""
+    scores = LipschitzScores.of(search.policy)
+    observations = search.policy.fold(torch.from_numpy(np.concatenate(stacks)).float().to(search.policy.device))
+    values = scores.scores(observations)
+    each = pushes(values[:, None, :] - values[:, :, None], scores.differences(values.shape[1]), scores.lipschitz)
+    return from_l2(each.max(-1), norm, math.prod(observations.shape[1:]))
 
 
 def in_budgets(

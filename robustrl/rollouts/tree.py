@@ -127,6 +127,11 @@ class Stepper:
         """Go back to where it was saved."""
         self._env, self._probes, self.stack = snapshots.restore(state)
 
+    @property
+    def env(self) -> Any:
+        """The environment itself, without wrappers."""
+        return self._env.unwrapped
+
     def close(self) -> None:
         """Close the environment."""
         self._env.close()
@@ -151,6 +156,7 @@ class Episode:
     def __init__(self, search: Search, seed: int) -> None:
         self._search, self.seed = search, seed
         self._stepper, self._snapshots = Stepper(search, seed), Snapshots()
+        self.env = self._stepper.env
         self._limits = np.unique(search.accounting.limits(search.budgets))
         self._best = np.full(len(self._limits), np.inf)
         self._queue: list[_Label] = []
@@ -287,6 +293,20 @@ class Episode:
             heapq.heappush(self._queue, _Label(level, bound, -time, self._labels, edge, after, earned))
 
 
+def clean_length(search: Search, seed: int) -> int:
+    """Steps of the episode that nobody attacks, played to its end.
+
+    Raises:
+        ValueError: if the environment breaks its word.
+    """
+    stepper, time, over = Stepper(search, seed), 0, False
+    while not over:
+        greedy = search.judged([stepper.stack])[1]
+        over, time = stepper.step(int(greedy[0]), time)[1], time + 1
+    stepper.close()
+    return time
+
+
 def explore(search: Search, seeds: NDArray[Any], advance: Callable[[int], None]) -> Explored:
     """Search one episode per seed.
 
@@ -298,9 +318,14 @@ def explore(search: Search, seeds: NDArray[Any], advance: Callable[[int], None])
         ValueError: if the environment cannot be copied, or breaks its word.
     """
     parts: list[Explored] = []
+    once = search.recipe.base_env(checked=False)  # kept, so that nothing else gets its id
     width = max(1, min(SIDE_BY_SIDE, MOST_SAVED // max(search.nodes, 1)))
     for start in range(0, len(seeds), width):
         episodes = [Episode(search, int(seed)) for seed in seeds[start : start + width]]
+        if len({id(once.unwrapped), *(id(episode.env) for episode in episodes)}) <= len(episodes):
+            raise ValueError(
+                f"the factory {search.recipe.label} returned the same environment twice; it must make a new one per call"
+            )
         running = episodes
         while running:
             asked = [episode.look() for episode in running]
@@ -313,6 +338,7 @@ def explore(search: Search, seeds: NDArray[Any], advance: Callable[[int], None])
             advance(sum(episode.done for episode in running))
             running = [episode for episode in running if not episode.done]
         parts += [episode.explored() for episode in episodes]
+    once.close()
     return joined(parts)
 
 

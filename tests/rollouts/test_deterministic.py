@@ -20,7 +20,7 @@ from robustrl.certify.lipschitz import LipschitzScores
 from robustrl.certify.returns import certify_return
 from robustrl.cli import app
 from robustrl.envs.recipe import EnvRecipe
-from robustrl.errors import CertificateError
+from robustrl.errors import CertificateError, ChainError
 from robustrl.policy import Normalization
 from rollouts.brute import Maze, Streak, all_paths, linear, worst
 
@@ -307,3 +307,190 @@ def test_a_known_return_counts_where_the_search_is_cut_and_is_refused_if_an_epis
         certified(return_low=least + 0.1)
     with pytest.raises(CertificateError, match="return_low"):
         replace(certified(), return_low=least + 0.1).verify()
+
+
+def test_a_low_return_low_hides_no_forgery() -> None:
+    """It makes the values worse, and no number's tolerance larger."""
+    found = certified()
+    low = again(found, return_low=-1e12)
+    low.verify()
+    for forged in (replace(low, mean_bound=low.mean_bound + 1e-3), replace(low, values=low.values * (1 - 1e-6))):
+        with pytest.raises(CertificateError, match="recomputed from the evidence"):
+            forged.verify()
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"])
+def test_environments_that_may_end_early_are_known(name: str) -> None:
+    recipe = EnvRecipe(name, max_episode_steps=9)
+    env = recipe.base_env()
+    policy = linear(0, env.observation_space.shape[0], env.action_space.n)  # type: ignore[index,attr-defined]
+    settings: dict[str, Any] = {"method": "prefix", "episodes": 2}
+    with pytest.raises(ValueError, match="never_ends_early must be False"):
+        rrl.certify_deterministic(policy, recipe, [0.3], **settings, never_ends_early=True)
+    found = rrl.certify_deterministic(policy, recipe, [0.3], **settings)
+    if found.evidence.times[found.evidence.ended].min(initial=9) == 9:
+        with pytest.raises(CertificateError, match="never_ends_early must be False"):
+            rrl.verify_certificate(again(found, never_ends_early=True))
+
+
+def test_words_that_are_known_to_be_false_are_refused_at_once() -> None:
+    for words in ({"return_low": 9.0}, {"reward_low": 1.5}):
+        with pytest.raises(ValueError, match="may (return|pay) as little as"):
+            rrl.certify_deterministic(network(), SHORT, [0.0], episodes=1, **words)  # type: ignore[arg-type]
+
+
+def test_episodes_must_be_those_of_a_recorded_seed_and_count_once() -> None:
+    found = certified()
+    nameless = again(found, provenance={k: v for k, v in found.provenance.items() if k != "seed"})
+    for given in ({"model": linear(1), "env": maze}, {"env": maze}):
+        with pytest.raises(CertificateError, match="does not record the seed"):
+            rrl.verify_certificate(nameless, **given)
+    for seeds in (found.evidence.seeds * 0, found.evidence.seeds - 2**62):
+        with pytest.raises(CertificateError, match="all different"):
+            replace(found, evidence=found.evidence._replace(seeds=seeds)).verify()
+
+
+@pytest.mark.parametrize("seed", ["abc", -1, None, 1.5, {"a": 1}, [1], True])
+def test_odd_seeds_in_a_file_are_its_fault(seed: Any) -> None:
+    found = certified()
+    with pytest.raises(CertificateError, match="seed"):
+        rrl.verify_certificate(replace(found, provenance=found.provenance | {"seed": seed}))
+
+
+def once(bias: float, expensive: float) -> rrl.policy.PolicyView:
+    """Costs at 0: nothing, `bias` and `expensive`."""
+    layer = torch.nn.Linear(1, 3)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0], [0.0], [1 - 0.95 / expensive]]))
+        layer.bias.copy_(torch.tensor([bias, 0.0, bias - 0.95]))
+    return rrl.policy.PolicyView.from_torch(layer, kind="q", observation_shape=(1,))
+
+
+class Once(gym.Env[Any, Any]):
+    """One step, which action 0 is paid for."""
+
+    observation_space, action_space = gym.spaces.Box(-9, 9, (1,), np.float32), gym.spaces.Discrete(3)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return np.zeros(1, np.float32), float(action == 0), True, False, {}
+
+
+def single() -> gym.Env[Any, Any]:
+    return gym.wrappers.TimeLimit(Once(), 1)
+
+
+@pytest.mark.parametrize("expensive", [1.0, 1000.0, 1e5])
+def test_expensive_actions_hide_no_forged_cost_of_cheap_ones(expensive: float) -> None:
+    policy = once(0.05, expensive)
+    found = rrl.certify_deterministic(policy, single, [0.06, 0.9], episodes=3, reward_low=0)
+    rrl.verify_certificate(found, policy, env=single, replay=3)
+    for cost in (0.95, 0.0502):
+        forged = again(found, evidence=column(found, "costs", lambda c, cost=cost: np.where(c > 0, cost, c)))
+        with pytest.raises(CertificateError, match="action 1 costs 0.05"):
+            rrl.verify_certificate(forged, policy, env=single, replay=3)
+
+
+class Claimed(torch.nn.Linear):
+    """A layer that states its own constant."""
+
+    def lipschitz(self) -> float:
+        return 2.0
+
+
+def test_layers_that_are_taken_at_their_word_are_named() -> None:
+    def policy(kind: type[torch.nn.Linear]) -> rrl.policy.PolicyView:
+        torch.manual_seed(0)
+        return rrl.policy.PolicyView.from_torch(kind(1, 3), kind="q", observation_shape=(1,))
+
+    claimed, known = (
+        rrl.certify_deterministic(policy(kind), single, [0.1], episodes=2, reward_low=0) for kind in (Claimed, torch.nn.Linear)
+    )
+    assert claimed.provenance["trusted"] == ["Claimed"]
+    assert claimed.provenance["lipschitz"] == pytest.approx(2)
+    assert "constants that Claimed claim" in claimed.table()
+    assert known.provenance["trusted"] == []
+    assert "claim" not in known.table()
+    rrl.verify_certificate(claimed, policy(Claimed), env=single)
+    silent = again(claimed, provenance=claimed.provenance | {"trusted": []})
+    with pytest.raises(CertificateError, match="taken at their word"):
+        rrl.verify_certificate(silent, policy(Claimed), env=single)
+
+
+class Repeated(gym.Wrapper[Any, Any, Any, Any]):
+    """Takes every action four times, outside of the time limit: a quarter of the steps are decisions."""
+
+    def step(self, action: Any) -> Any:
+        for _ in range(4):
+            found = super().step(action)
+        return found
+
+
+class Idle(Once):
+    """Never ends."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return np.zeros(1, np.float32), 1.0, False, False, {}
+
+
+@pytest.mark.parametrize(("nodes", "method"), [(1, "tree"), (3, "tree"), (100, "tree"), (1, "prefix"), (1, "constancy")])
+def test_clean_episodes_are_walked_to_their_end_where_none_may_end_early(nodes: int, method: str) -> None:
+    def make(repeated: bool) -> gym.Env[Any, Any]:
+        env = gym.wrappers.TimeLimit(Idle(), 12)
+        return Repeated(env) if repeated else env
+
+    settings: dict[str, Any] = {"nodes": nodes, "method": method, "episodes": 2, "reward_low": 1.0, "never_ends_early": True}
+    with pytest.raises(ValueError, match="never_ends_early must be False"):
+        rrl.certify_deterministic(once(0.0, 1.0), partial(make, True), [0.5], **settings)
+    found = rrl.certify_deterministic(once(0.0, 1.0), partial(make, False), [0.5], **settings)
+    assert found.bounds.tolist() == [[12.0]] * 2
+    result = rrl.verify_certificate(found, once(0.0, 1.0), env=partial(make, False))
+    assert len(result.replayed) == (2 if nodes > 1 or method != "tree" else 0)  # of a root alone there is nothing to walk
+
+
+def test_a_replay_walks_clean_episodes_on_beyond_the_tree() -> None:
+    last = [99]
+
+    class Stopping(Idle):
+        def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+            self.time = 0
+            return super().reset(**options)
+
+        def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+            self.time += 1
+            return np.zeros(1, np.float32), 1.0, self.time == last[0], False, {}
+
+    recipe = EnvRecipe(factory=lambda: gym.wrappers.TimeLimit(Stopping(), 12))
+    settings: dict[str, Any] = {"nodes": 1, "episodes": 2, "reward_low": 1.0, "never_ends_early": True}
+    found = rrl.certify_deterministic(once(0.0, 1.0), recipe, [0.5], **settings)
+    rrl.verify_certificate(found, once(0.0, 1.0), env=recipe)
+    last[0] = 7
+    found = replace(found, provenance=found.provenance | {"versions": {}})  # another build: code is not compared
+    with pytest.raises(CertificateError, match="ended after 7 of 12 steps"):
+        rrl.verify_certificate(found, once(0.0, 1.0), env=recipe)
+
+
+@pytest.mark.parametrize("method", ["tree", "prefix"])
+def test_factories_must_make_a_new_environment_per_call(method: str) -> None:
+    env = maze()
+    with pytest.raises(ValueError, match="same environment twice"):
+        rrl.certify_deterministic(linear(1), lambda: env, [0.1], method=method, episodes=1, reward_low=-1.5)
+
+
+def test_costs_are_held_against_the_network_when_a_certificate_is_made() -> None:
+    """Observations from outside of the environment: rewards repeat themselves, what the policy sees does not."""
+
+    class Drifting(Idle):
+        seen = 0
+
+        def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+            Drifting.seen += 1
+            return np.full(1, 1.0 / Drifting.seen, np.float32), 1.0, False, False, {}
+
+    with pytest.raises(ChainError, match="does not repeat itself"):
+        rrl.certify_deterministic(
+            once(0.0, 1.0), lambda: gym.wrappers.TimeLimit(Drifting(), 3), [2.0], episodes=2, reward_low=0
+        )
