@@ -15,6 +15,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from robustrl.errors import refuse_altered
 from robustrl.policy.actions import Kind
 
 
@@ -53,7 +54,7 @@ def networks_of(model: Any, *, frame_space: spaces.Space[Any] | None = None) -> 
         frame_space: one frame as the environment gives it; default what the model's own space says. Its pixels may be in [0, 1]
             for a model of byte images, and images in its dictionaries may have channels last.
     Raises:
-        TypeError: for other policies or spaces.
+        TypeError: for other policies or spaces, and for hooks on the modules around the networks, which are taken out without them.
         ValueError: if a dictionary of frames does not fit the model's.
     """
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -70,6 +71,12 @@ def networks_of(model: Any, *, frame_space: spaces.Space[Any] | None = None) -> 
     if not isinstance(policy.action_space, spaces.Discrete | spaces.Box):
         raise TypeError(f"{name}: actions must be a Discrete or a Box space, got {policy.action_space}")
 
+    around = (getattr(policy, name, None) for name in ("q_net", "actor", "critic", "mlp_extractor"))
+    try:
+        for module in (policy, *(part for part in around if isinstance(part, nn.Module))):
+            refuse_altered(module)
+    except TypeError as error:
+        raise TypeError(f"no view for {name}: {error}") from None
     entries = _entries(policy, frame_space)
 
     def network(extractor: nn.Module, *heads: nn.Module) -> _Network:
@@ -78,7 +85,7 @@ def networks_of(model: Any, *, frame_space: spaces.Space[Any] | None = None) -> 
     checked = _Checked(policy, shape, name, entries)
     if isinstance(policy, DQNPolicy):
         q_net = network(policy.q_net.features_extractor, policy.q_net.q_net)
-        checked(q_net, policy.q_net)
+        checked(q_net, policy.q_net, discrete=True)
         return Networks(q_net, "q", shape, exploration=getattr(model, "exploration_rate", 0.0))
     if isinstance(policy, SACPolicy | TD3Policy):
         return _off_policy(policy, shape, network, checked)
@@ -121,6 +128,10 @@ class _Entry:
         """The rows of a joint vector that belong here, in the model's layout."""
         image = part.reshape(-1, *self.shape)
         return image.movedim(-1, 1) if self.channels_last else image
+
+    def far(self, part: Tensor) -> Tensor:
+        """Numbers in [-1, 1] spread over all pixels, or over vectors of up to 255."""
+        return (part + 1) / 2 * (1.0 if self.unit else 255.0) if self.unit or self.divide else part * 255.0
 
     def scaled(self, part: Tensor) -> Tensor:
         """From the view's units to those of the features' network."""
@@ -313,7 +324,8 @@ def _actor_critic(
     lstm = getattr(policy, "lstm_actor", None)
     if lstm is None:
         critic = network(policy.vf_features_extractor, latent.value_net, policy.value_net)
-        checked(actor, lambda x: statement(policy.get_distribution(x)), normalize=kind == "logits")
+        discrete = kind == "logits"
+        checked(actor, lambda x: statement(policy.get_distribution(x)), normalize=discrete, discrete=discrete)
         return Networks(actor, kind, shape, critic=critic, action_space=space, samples=samples)
     if lstm.bidirectional or lstm.batch_first or lstm.proj_size:
         raise TypeError(f"no view for {name}: its LSTM is bidirectional, batch-first or projected")
@@ -330,32 +342,60 @@ def _actor_critic(
 
 
 class _Checked:
-    """Compares a network taken out of a policy with what the policy itself computes, on a probe."""
+    """Compares a network taken out of a policy with what the policy itself computes, on probes near 0 and as far as bytes go."""
 
     def __init__(self, policy: Any, shape: tuple[int, ...], name: str, entries: tuple[_Entry, ...]) -> None:
         self._policy, self._name, self._entries = policy, name, entries
-        self._probe = torch.linspace(-1, 1, 3 * math.prod(shape), device=policy.device).reshape(3, *shape)
+        near = torch.linspace(-1, 1, 3 * math.prod(shape), device=policy.device).reshape(3, -1)
+        parts = torch.split(near, [math.prod(entry.shape) for entry in entries], dim=1)
+        far = torch.cat([entry.far(part) for entry, part in zip(entries, parts, strict=True)], dim=1)
+        self._probes = [rows.reshape(3, *shape) for rows in (near, far)]
 
     def __call__(
-        self, taken: Callable[[Tensor], Tensor], original: Callable[[Any], Tensor], *, normalize: bool = False
+        self,
+        taken: Callable[[Tensor], Tensor],
+        original: Callable[[Any], Tensor],
+        *,
+        normalize: bool = False,
+        discrete: bool = False,
     ) -> None:
         was_training = self._policy.training
         self._policy.set_training_mode(False)
         try:
             with torch.no_grad():
-                seen, expected = taken(self._probe), original(self._observation())
+                same = all(self._agree(probe, taken, original, normalize, discrete) for probe in self._probes)
         except TypeError as error:
             raise TypeError(f"no view for {self._name}: its policy needs more than an observation ({error})") from None
         finally:
             self._policy.set_training_mode(was_training)
+        if not same:
+            raise TypeError(f"no view for {self._name}: its policy class computes something else than Stable-Baselines3's own")
+
+    def _agree(
+        self,
+        probe: Tensor,
+        taken: Callable[[Tensor], Tensor],
+        original: Callable[[Any], Tensor],
+        normalize: bool,
+        discrete: bool,
+    ) -> bool:
+        native = self._native(probe)
+        seen, expected = taken(probe), original(native)
         if normalize:
             seen, expected = seen.log_softmax(-1), expected.log_softmax(-1)
         if seen.shape != expected.shape or not torch.allclose(seen, expected, rtol=1e-3, atol=1e-3, equal_nan=True):
-            raise TypeError(f"no view for {self._name}: its policy class computes something else than Stable-Baselines3's own")
+            return False
+        if not discrete or seen.shape[1] == 1:
+            return True
+        best = seen.topk(2, dim=1)
+        clear = best.values[:, 0] - best.values[:, 1] > 1e-3 * seen.abs().amax(1) + 1e-6  # NaN is not
+        arrays = {key: part.cpu().numpy() for key, part in native.items()} if isinstance(native, dict) else native.cpu().numpy()
+        actions = torch.as_tensor(self._policy.predict(arrays, deterministic=True)[0], device=seen.device)
+        return bool((actions == best.indices[:, 0])[clear].all())
 
-    def _observation(self) -> Any:
-        """The probe as the policy itself takes it."""
-        parts = torch.split(self._probe.flatten(1), [math.prod(entry.shape) for entry in self._entries], dim=1)
+    def _native(self, probe: Tensor) -> Any:
+        """A probe as the policy itself takes it."""
+        parts = torch.split(probe.flatten(1), [math.prod(entry.shape) for entry in self._entries], dim=1)
         pairs = zip(self._entries, parts, strict=True)
         native = {entry.key: entry.laid_out(part) * (255.0 if entry.unit else 1.0) for entry, part in pairs}
         return native.get(None, native)

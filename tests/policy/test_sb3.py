@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import gymnasium as gym
@@ -15,7 +16,9 @@ import torch
 from gymnasium import spaces
 from scipy import stats
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
+from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.dqn.policies import CnnPolicy, DQNPolicy, QNetwork
 from torch import nn
 
 from robustrl.policy import PolicyView
@@ -279,6 +282,33 @@ class Lively(ActorCriticPolicy):
         return distribution
 
 
+class Second(DQNPolicy):
+    """Takes the second best action."""
+
+    def _predict(self, obs: Any, deterministic: bool = True) -> torch.Tensor:
+        return self.q_net(obs).argsort(1)[:, -2]
+
+
+class FarOff(DQNPolicy):
+    """Takes the best action near 0 alone."""
+
+    def _predict(self, obs: Any, deterministic: bool = True) -> torch.Tensor:
+        return self.q_net(torch.where(obs.abs() > 1, -obs, obs)).argmax(1)
+
+
+class Opposite(ActorCriticPolicy):
+    """Takes another action than `predict` of its base class."""
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        actions, state = super().predict(*args, **kwargs)
+        return 1 - actions, state
+
+
+def hooked(model: Any, name: str) -> Any:
+    attrgetter(name)(model).register_forward_hook(lambda module, inputs, output: output)
+    return model
+
+
 def louder(model: Any) -> Any:
     """A policy whose standard deviation is not its parameter."""
     original = model.policy.get_distribution
@@ -304,8 +334,15 @@ class OwnActor(SAC.policy_aliases["MlpPolicy"]):  # type: ignore[name-defined,mi
     ("make", "message"),
     [
         (lambda: build(PPO, Lively), "computes something else than Stable-Baselines3's own"),
-        (lambda: louder(build(PPO)), "computes something else"),
-        (lambda: build(SAC, OwnActor), "no view for SAC: its policy class computes something else"),
+        (lambda: louder(build(PPO)), "no view for PPO: .* of its own"),
+        (lambda: build(DQN, Second, env=DISCRETE), "no view for DQN: its policy class computes something else"),
+        (lambda: build(DQN, FarOff, env=DISCRETE), "no view for DQN: its policy class computes something else"),
+        (lambda: build(PPO, Opposite, env=DISCRETE), "no view for PPO: its policy class computes something else"),
+        (lambda: hooked(build(DQN, env=DISCRETE), "policy.q_net"), "no view for DQN: QNetwork has hooks"),
+        (lambda: hooked(build(PPO), "policy.mlp_extractor"), "no view for PPO: MlpExtractor has hooks"),
+        (lambda: hooked(build(SAC), "policy.actor"), "no view for SAC: Actor has hooks"),
+        (lambda: hooked(build(A2C), "policy"), "no view for A2C: ActorCriticPolicy has hooks"),
+        (lambda: build(SAC, OwnActor), "no view for SAC: .* of its own"),
         (lambda: build(PPO, env=Nothing(actions=spaces.MultiDiscrete([2, 2]))), r"actions must be a Discrete or a Box space, got MultiDiscrete"),
         (lambda: build(A2C, env=Nothing(actions=spaces.MultiBinary(3))), r"A2C: actions must be a Discrete or a Box space, got MultiBinary"),
         (lambda: build(DQN, env=Nothing(spaces.MultiDiscrete([2, 2]), spaces.Discrete(2))), "observations must be a Box space or a Dict of them"),
@@ -368,3 +405,19 @@ def test_every_weight_that_acts_is_in_the_fingerprint(name: str) -> None:
             parameter.copy_(before)
             assert view.fingerprint() in prints
     assert acting >= 2
+
+
+def test_pictures_are_compared_over_all_their_bytes() -> None:
+    """Up to a fourth of the brightness nothing differs."""
+
+    class Contrast(QNetwork):
+        def extract_features(self, obs: Any, features_extractor: Any) -> torch.Tensor:
+            x = obs.float() / 255
+            return features_extractor(torch.where(x > 0.25, 1000 * (x - 0.25) + 0.25, x))
+
+    class Sharp(CnnPolicy):
+        def make_q_net(self) -> QNetwork:
+            return Contrast(**self._update_features_extractor(self.net_args, features_extractor=None)).to(self.device)
+
+    with pytest.raises(TypeError, match="computes something else"):
+        PolicyView.of(DQN(Sharp, FakeImageEnv(3, 36, 36, 1, channel_first=True), buffer_size=10, device="cpu"))
