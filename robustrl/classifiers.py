@@ -25,6 +25,7 @@ from robustrl.certify.margins import NORMS
 from robustrl.certify.methods import input_method
 from robustrl.certify.radius import SAME, RadiusCertificate
 from robustrl.certify.sampling import Smoothed
+from robustrl.certify.storage import unique_keys
 from robustrl.errors import (
     CertificateError,
     ChunkError,
@@ -136,8 +137,8 @@ def certify_images(
 
     settings = {
         "noise": None if noise is None else noise.to_dict(),
-        "n0": n0,
-        "n": n,
+        "n0": None if noise is None else n0,
+        "n": None if noise is None else n,
         "alpha": level,
         "method": method,
         "norm": str(own),
@@ -215,7 +216,7 @@ def verify_images(folder: str | os.PathLike[str]) -> AccuracyReport:
     """
     home = Path(folder)
     try:
-        settings = json.loads((home / "settings.json").read_text(encoding="utf-8"))
+        settings = json.loads((home / "settings.json").read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
         noise, norm, method, alpha = (
             None if settings["noise"] is None else noise_from_dict(settings["noise"]),
             float(settings["norm"]),
@@ -224,7 +225,8 @@ def verify_images(folder: str | os.PathLike[str]) -> AccuracyReport:
         )
         chosen, n, n0 = range(0, settings["inputs"], settings["skip"]), settings["n"], settings["n0"]
         report = AccuracyReport.read_log(home / "log.tsv", norm)
-        stated = [json.loads(line) for line in (home / EVIDENCE).read_text(encoding="utf-8").splitlines()]
+        lines = (home / EVIDENCE).read_text(encoding="utf-8").splitlines()
+        stated = [json.loads(line, object_pairs_hook=unique_keys) for line in lines]
         order = [one["idx"] for one in stated]
     except (KeyError, TypeError, ValueError) as error:
         raise CertificateError(f"{home} holds no certificates of inputs that can be read: {error!r}") from None
@@ -239,10 +241,11 @@ def verify_images(folder: str | os.PathLike[str]) -> AccuracyReport:
         try:
             evidence = dict(one["evidence"])
             fresh = certified(method, evidence, alpha=alpha, norm=norm, scope="input", noise=noise)
-            drawn = evidence["n"] if "n" in evidence else 2 * evidence.get("n_pairs", n / 2)
+            drawn = evidence["n"] if "n" in evidence else 2 * evidence["n_pairs"] if "n_pairs" in evidence else n
             if evidence.get("bounds") != settings.get("bounds"):
                 raise ValueError(f"its scores were clipped to other bounds than the run's {settings.get('bounds')}")
-            if drawn != n or sum(evidence.get("selection", [n0])) != n0:
+            chose = sum(evidence["selection"]) if "selection" in evidence else n0
+            if drawn != n or chose != n0 or (noise is None and (n, n0) != (None, None)):
                 raise ValueError(f"it has another number of copies than the run's {n0} and {n}")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CertificateError(f"{home}: input {row.idx} cannot be recomputed from its evidence: {error!r}") from None

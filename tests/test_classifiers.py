@@ -323,6 +323,23 @@ def test_edited_evidence_without_noise_does_not_verify(tmp_path: Path, name: str
         verify_images(tmp_path)
 
 
+def test_numbers_of_copies_mean_nothing_without_noise(tmp_path: Path) -> None:
+    certify_images(sign(), X, Y, method="lipschitz", folder=tmp_path)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert (settings["n"], settings["n0"]) == (None, None)
+    (tmp_path / "settings.json").write_text(json.dumps(settings | {"n": 7}))
+    with pytest.raises(CertificateError, match="number of copies"):
+        verify_images(tmp_path)
+
+
+def test_evidence_that_says_something_twice_is_found(tmp_path: Path) -> None:
+    certify_images(sign(), X, Y, method="lipschitz", folder=tmp_path)
+    path = tmp_path / "evidence.jsonl"
+    path.write_text(path.read_text().replace('"lipschitz":', '"lipschitz": 1e-9, "lipschitz":', 1))
+    with pytest.raises(CertificateError, match="twice"):
+        verify_images(tmp_path)
+
+
 def test_networks_without_a_known_constant_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="layer LayerNorm"):
         certify_images(nn.Sequential(nn.Flatten(), nn.LayerNorm(4)), X, Y, method="lipschitz", folder=tmp_path / "runs")

@@ -146,9 +146,13 @@ def input_method(name: str, scope: str = "input") -> Method:
 
 
 LIPSCHITZ = (
-    "Floating point: the proof is about real arithmetic; the network's own rounding is accounted for at the input itself.",
-    "Actions that are sampled or explored: the decision is the greedy one.",
-    "Other units: the radius is in those of the observation that was given (bytes of a picture, or pixels in [0, 1]).",
+    "Floating point: the proof is about real arithmetic; the network's own rounding (float32, TF32, bfloat16) is accounted for at the "
+    "input itself, not at perturbed ones, in other batches, on other devices, or of the observation.",
+    "Actions that are sampled or explored, masked, or chosen by a rule of the policy's own: the decision is the greedy one.",
+    "Hooks, and parts of the policy that were replaced after it was taken apart; a normalisation that goes on learning.",
+    "Other units: the radius is in those of the observation that was given (bytes of a picture, or pixels in [0, 1]; behind a VecNormalize "
+    "normalised ones).",
+    "Scores and constant: they are stated by whoever made the certificate; recomputing it checks the arithmetic.",
     "Frames apart: it is that of the whole observation; in a stack of k, frames that are changed by eps each move it by eps sqrt(k).",
 )
 

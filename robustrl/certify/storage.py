@@ -151,18 +151,20 @@ class Fields:
             raise self.error(sorted(self._data)[0], "is not known")
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON file (`object_pairs_hook`); CertificateError if a key occurs twice."""
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        raise CertificateError(f"field {max(keys, key=keys.count)!r} occurs twice")
+    return dict(pairs)
+
+
 def read_document(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Parse a certificate file and check its schema version; the digest is for the caller, after the fields."""
     source = os.fspath(path)
 
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in items]
-        if len(set(keys)) < len(keys):
-            raise CertificateError(f"{source}: field {max(keys, key=keys.count)!r} occurs twice")
-        return dict(items)
-
     def constant(text: str) -> Any:
-        raise CertificateError(f"{source}: {text} is not a number that a certificate may hold")
+        raise CertificateError(f"{text} is not a number that a certificate may hold")
 
     def number(text: str) -> float:
         value = float(text)
@@ -170,10 +172,10 @@ def read_document(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     try:
         document = json.loads(
-            Path(path).read_bytes().decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant, parse_float=number
+            Path(path).read_bytes().decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=constant, parse_float=number
         )
-    except CertificateError:
-        raise
+    except CertificateError as error:
+        raise CertificateError(f"{source}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise CertificateError(f"{source}: not a complete JSON file: {error}") from None
     if not isinstance(document, dict):

@@ -19,8 +19,9 @@ from robustrl.certify.classify import certified
 from robustrl.certify.lipschitz import LipschitzScores
 from robustrl.certify.methods import METHODS
 from robustrl.certify.radius import ABSTAIN, SAME, RadiusCertificate
+from robustrl.certify.storage import unique_keys
 from robustrl.envs.recipe import EnvRecipe, make_vec_env
-from robustrl.errors import CertificateError, check_alpha, check_count, check_finite_array
+from robustrl.errors import CertificateError, check_alpha, check_count, check_finite_array, check_real
 from robustrl.files import save_figure, write_atomically
 from robustrl.noise import noise_from_dict
 from robustrl.policy import PolicyView
@@ -120,14 +121,15 @@ class RadiusTrace:
             CertificateError: if it is damaged, or a radius does not follow from its evidence.
         """
         try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
+            document = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
             noise = None if document["noise"] is None else noise_from_dict(document["noise"])
             steps, share, together = document["steps"], document["alpha_per_step"], document["alpha"]
             common: dict[str, Any] = {"alpha": share, "norm": document["norm"], "scope": "step", "noise": noise}
             certificates = tuple(certified(document["method"], step["evidence"], **common) for step in steps)
-            actions = np.array([step["action"] for step in steps], dtype=np.int64)
+            actions = np.array([check_count("action", step["action"], least=0) for step in steps])
             rewards = check_finite_array("rewards", [step["reward"] for step in steps])
-            stated = [(step["prediction"], step["radius"]) for step in steps]
+            stated = [(check_count("prediction", step["prediction"], least=ABSTAIN), step["radius"]) for step in steps]
+            total, covered = check_real("return", document["return"]), set(document["not_covered"])
             together = METHODS[document["method"]].check_alpha(together) if noise is None else check_alpha(together)
             horizon = check_count("horizon", document["horizon"])
         except (KeyError, TypeError, ValueError) as error:
@@ -137,6 +139,10 @@ class RadiusTrace:
                 raise CertificateError(f"{os.fspath(path)}: step {t} does not follow from its evidence: {certificate!r}")
             if prediction not in (ABSTAIN, int(actions[t])):
                 raise CertificateError(f"{os.fspath(path)}: step {t} certifies another action than was taken")
+        if not math.isclose(total, float(rewards.sum()), rel_tol=SAME, abs_tol=SAME):
+            raise CertificateError(f"{os.fspath(path)}: the return is {total}, but the rewards sum to {rewards.sum()}")
+        if omitted := [sentence for c in certificates for sentence in c.not_covered if sentence not in covered]:
+            raise CertificateError(f"{os.fspath(path)}: field 'not_covered' leaves out: {omitted[0]}")
         if len(steps) > horizon or share * horizon > together * (1 + SAME):
             raise CertificateError(
                 f"{os.fspath(path)}: {len(steps)} of at most {horizon} steps at level {share} are not one statement at {together}"

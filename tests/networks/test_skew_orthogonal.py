@@ -358,6 +358,18 @@ def test_weights_that_changed_in_any_way_are_seen(name: str, frozen: bool, chang
         assert not torch.allclose(layer(inputs), before)
 
 
+@pytest.mark.parametrize(("name", "value"), [("scale", 0.1), ("max_norm", 0.3), ("normalizer", "reshapes"), ("terms", 12)])
+def test_settings_that_changed_are_seen(name: str, value: object) -> None:
+    layer = SkewOrthogonalConv2d(2, 2, padding_mode="circular").requires_grad_(False)
+    layer.weight.mul_(3)
+    layer(torch.randn(1, 2, 5, 5))
+    setattr(layer, name, value)
+    x = torch.randn(1, 2, 5, 5)
+    found = layer(x)
+    layer._kept = None
+    assert torch.equal(found, layer(x))
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_training_and_evaluation_compute_the_same(name: str) -> None:
     layer, inputs = LAYERS[name](), inputs_for(name)

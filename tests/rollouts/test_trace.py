@@ -172,3 +172,29 @@ def test_methods_and_agents_go_together() -> None:
     for who, method in ((agent, "lipschitz"), (balancer(), "one-sided")):
         with pytest.raises(TypeError, match="agent must be a MajorityVoteAgent, or a policy for method 'lipschitz'"):
             radius_trace(who, RECIPE, method=method)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda document: document.update({"return": 500.0}), "the return is 500"),
+        (lambda document: document.update(not_covered=[]), "not_covered"),
+        (lambda document: document["steps"][0].update(action=0.9), "action"),
+        (lambda document: document["steps"][0].update(prediction=float(document["steps"][0]["prediction"])), "prediction"),
+    ],
+)
+def test_everything_that_a_trace_states_is_recomputed(plain: RadiusTrace, tmp_path: Path, change: Any, message: str) -> None:
+    plain.save(tmp_path / "trace.json")
+    document = json.loads((tmp_path / "trace.json").read_text())
+    change(document)
+    (tmp_path / "trace.json").write_text(json.dumps(document))
+    with pytest.raises(CertificateError, match=message):
+        RadiusTrace.load(tmp_path / "trace.json")
+
+
+def test_a_key_that_occurs_twice_is_found(plain: RadiusTrace, tmp_path: Path) -> None:
+    plain.save(tmp_path / "trace.json")
+    text = (tmp_path / "trace.json").read_text()
+    (tmp_path / "trace.json").write_text(text.replace('"lipschitz":', '"lipschitz": 1e-9, "lipschitz":', 1))
+    with pytest.raises(CertificateError, match="twice"):
+        RadiusTrace.load(tmp_path / "trace.json")
