@@ -229,10 +229,11 @@ class LipschitzScores:
             raise ValueError(
                 f"the network must give scores (n, K) of {len(inputs)} observations, got shape {tuple(scores.shape)}"
             )
-        exact = error * float(self.differences(scores.shape[1]).max()) + ROUNDING * (terms + scores.abs()).amax(1)
-        # Twice: the action that the network takes by its own rounding then costs nothing. In other batches it may be another.
+        size = (terms + scores.abs()).amax(1)
+        exact = error * float(self.differences(scores.shape[1]).max()) + ROUNDING * size
+        # Twice: the action that the network takes by its own rounding then costs nothing. In other batches it may be a few eps another.
         own = 2 * (self._network(inputs.to(at.dtype)).double() - scores).abs().amax(1)
-        own = torch.maximum(own, exact * (torch.finfo(at.dtype).eps / ROUNDING))
+        own = torch.maximum(own, 4 * torch.finfo(at.dtype).eps * size)
         return scores, own + exact + (PROBABILITIES if getattr(self._policy, "kind", None) == "logits" else 0.0)
 
     def _features(self, inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -559,7 +559,7 @@ def test_what_cancels_in_a_part_of_a_dictionary_is_paid_for() -> None:
     before = judged._evaluated(x)[1]
     extractor = model.q_net.features_extractor.extractors
     extractor["pose"] = nn.Sequential(nn.Flatten(), linear(np.eye(3), 1e12).float(), linear(np.eye(3), -1e12).float())
-    assert judged._evaluated(x)[1] > 1e3 + before
+    assert judged._evaluated(x)[1] > 0.1 + before
 
 
 def test_the_operator_in_use_is_the_one_that_is_certified() -> None:
