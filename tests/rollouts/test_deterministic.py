@@ -390,7 +390,7 @@ def test_expensive_actions_hide_no_forged_cost_of_cheap_ones(expensive: float) -
     rrl.verify_certificate(found, policy, env=single, replay=3)
     for cost in (0.95, 0.0502):
         forged = again(found, evidence=column(found, "costs", lambda c, cost=cost: np.where(c > 0, cost, c)))
-        with pytest.raises(CertificateError, match="action 1 costs 0.05"):
+        with pytest.raises(CertificateError, match="action 1 costs"):
             rrl.verify_certificate(forged, policy, env=single, replay=3)
 
 
