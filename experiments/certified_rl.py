@@ -154,7 +154,7 @@ def catch() -> World:
     states = [(ball, row, paddle) for ball in range(COLUMNS) for row in range(ROWS - 1) for paddle in range(1, COLUMNS - 1)]
     pictures = np.stack([Catch.picture(*state) for state in states])
     actions = np.array([1 + np.sign(ball - paddle) for ball, _, paddle in states])
-    sigma = 0.3
+    sigma = 0.15
     return World(
         EnvRecipe.of(Catch, max_episode_steps=ROWS - 1),
         student(LipschitzMLP(Catch.observation_space, (128, 128)), pictures, actions, 0.3),
