@@ -31,14 +31,14 @@ class Accounting:
 
     Write e_t for what is added to frame t, and E_t for the change of the stack of k frames that the policy sees at step t.
 
-    "step": |e_t| <= eps for all t. In l2, |E_t|^2 is a sum of k terms |e_s|^2 (copies of the first frame included), so |E_t| <= eps sqrt(k):
-    an action of cost c needs eps >= c / sqrt(k). The l1 norm is no smaller than the l2 norm. In linf, |E_t| <= eps.
+    "step": ‖e_t‖ <= eps for all t. In l2, ‖E_t‖^2 is a sum of k terms ‖e_s‖^2 (copies of the first frame included), so ‖E_t‖ <= eps sqrt(k):
+    an action of cost c needs eps >= c / sqrt(k). The l1 norm is no smaller than the l2 norm. In linf, ‖E_t‖ <= eps.
 
-    "episode": sum |e_t|^2 <= B^2. With weights w_t of steps, sum_t w_t |E_t|^2 = sum_s |e_s|^2 sum_t w_t n_st, where n_st tells how often
+    "episode": sum ‖e_t‖^2 <= B^2. With weights w_t of steps, sum_t w_t ‖E_t‖^2 = sum_s ‖e_s‖^2 sum_t w_t n_st, where n_st tells how often
     frame s is in stack t; so actions of costs c_t need sum w_t c_t^2 <= B^2 if sum_t w_t n_st <= 1 for every s. A frame is in k stacks,
     once in each: w = 1 / k will do. Where the first stack is filled with copies of the first frame, that is k - t times in stack t < k,
     k (k + 1) / 2 in all: w_t = 2 / (k (k + 1)) for t < k (no more than 1 / k), and 1 / k from then on, will do. With norm 1, B bounds
-    sum |e_t|_1, which is no smaller than (sum |e_t|_2^2)^(1/2).
+    sum ‖e_t‖_1, which is no smaller than (sum ‖e_t‖_2^2)^(1/2).
 
     Args:
         per: "step" or "episode".

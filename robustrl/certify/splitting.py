@@ -89,7 +89,7 @@ class SplittingVotes:
 
     @property
     def radius(self) -> NDArray[np.float64]:
-        """Certified l1 radius in observation units, (n,): attacks on the grid, of this norm at most, change nothing."""
+        """Certified l1 radius (n,), in observation units. Attacks on the grid, of this norm at most, change nothing."""
         return self.steps * np.float64(self.step)
 
 
