@@ -182,11 +182,11 @@ def islands() -> World:
         student(LipschitzCNN(env.observation_space, **shape), pictures, actions, 1.0),
         student(LipschitzCNN(env.observation_space, **shape), pictures, actions, 1.0, sigma),
         rrl.Gaussian(sigma),
-        np.linspace(0, 4, 11),
+        np.linspace(0, 2, 11),
         (-1.0, 1.0),
         (-1.0, 1.0),
-        100,
-        20_000,
+        30,
+        3_000,
     )
 
 
