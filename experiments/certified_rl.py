@@ -52,7 +52,7 @@ llssssgsl
 llssssssl
 lllllllll"""
 SLIP, SIDE = 0.1, 36
-UPDATES, BATCH = 600, 64
+UPDATES, BATCH, NOISY = 600, 64, 8000
 Pictures = NDArray[np.float32]
 
 
@@ -138,7 +138,7 @@ def student(
 ) -> PolicyView:
     """A network that takes the given actions; trained on noisy copies if sigma is not 0."""
     torch.manual_seed(0)
-    copies = 1 if sigma == 0 else 8
+    copies = 1 if sigma == 0 else math.ceil(NOISY / len(pictures))
     inputs = torch.tensor(pictures).repeat(copies, 1, 1, 1)
     generator = torch.Generator().manual_seed(0)
     inputs = inputs + sigma * torch.randn(inputs.shape, generator=generator)
@@ -176,7 +176,7 @@ def islands() -> World:
     alive = np.flatnonzero(world.outcomes.valid.any(1))
     pictures = np.stack([picture_of_state(int(state)) for state in alive])
     shape: dict[str, Any] = {"channels": (16, 32, 32), "strides": (4, 2, 2), "terms": 4, "normalizer": "reshapes"}
-    sigma, actions = 0.5, np.asarray(best)[alive]
+    sigma, actions = 0.2, np.asarray(best)[alive]
     return World(
         EnvRecipe.of(Islands, max_episode_steps=20),
         student(LipschitzCNN(env.observation_space, **shape), pictures, actions, 1.0),
@@ -242,12 +242,14 @@ def measure(name: str) -> dict[str, Any]:
     found["smoothed"] = {"certified": smoothed.values.tolist()}
     for label, model, env in (("attacked", world.policy, world.env), ("smoothed, attacked", world.smoothed, noisy)):
         found[label] = {}
+        worst: list[Any] = [math.inf, ""]
         for budget in world.budgets[2::2]:
             threat = rrl.ThreatModel(norm=2, episode=float(budget))
             reports = attack_suite(model, env, threat, episodes=world.episodes, seed=2)
-            worst = min(reports, key=lambda report: report.mean)
-            found[label][f"{budget:g}"] = [worst.mean, worst.label]
-            print(f"{name}, {label}, {budget:g}: {worst.mean:.3g} ({worst.label})", flush=True)
+            # Whoever has more can do what somebody with less does.
+            worst = min([worst, *([report.mean, report.label] for report in reports)])
+            found[label][f"{budget:g}"] = worst
+            print(f"{name}, {label}, {budget:g}: {worst[0]:.3g} ({worst[1]})", flush=True)
     return found
 
 
@@ -280,7 +282,7 @@ def summary(found: dict[str, dict[str, Any]]) -> list[str]:
         "",
         "Returns under every attacker whose changes of the observations have an l2 norm of at most the budget over the whole episode.",
         'Certified with 95 % confidence, all budgets at once; "tree, mean" is certain for the episodes searched; "exhausted": episodes in',
-        "which nothing worse can be left in the unsearched part. Attacked: the least mean return among the fast attacks.",
+        "which nothing worse can be left in the unsearched part. Attacked: the least mean return among the fast attacks, at this or a smaller budget.",
         "",
     ]
     for name, one in found.items():
