@@ -103,3 +103,8 @@ def test_the_blocks_of_method_pages_run_one_after_the_other(page: str, tmp_path:
     for block in blocks(f"docs/methods/{page}.md"):
         exec(block, names)
     assert "rrl" in names
+
+
+def test_no_page_has_a_gap_to_fill() -> None:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    assert [str(page) for page in pages if re.search(r"@[A-Z]+@", page.read_text())] == []

@@ -78,7 +78,7 @@ def certify_deterministic(
         method: "tree" (search in copies of the environment), "prefix" or "constancy" (the clean episode alone; no copies).
         episodes: number of episodes, fixed beforehand.
         alpha: failure probability of `values`; `bounds` of the episodes played are certain.
-        nodes: most states of one episode's tree. What is left counts as the worst that `reward_low` allows.
+        nodes: most states of one episode's tree, beside those of the clean episode. What is left counts as the worst that `reward_low` allows.
         reward_low: sure lower bound of the reward of a step; default what is known of Gymnasium's own environments.
         return_low: sure lower bound of the return of an episode, if a better one is known than `reward_low` at every step.
         never_ends_early: whether every episode has all its steps, whatever happens: then a positive `reward_low` counts for those to come.
@@ -99,18 +99,20 @@ def certify_deterministic(
         raise TypeError(f"never_ends_early must be a bool, got {never_ends_early!r}")
     recipe = replace(EnvRecipe.of(env), noise=None)
     policy = recipe.view(model)
+    constants = LipschitzScores.of(policy)
     check_actions(policy, recipe)
     grid, per, norm, threat = in_budgets(budgets, per, norm, recipe)
     accounting = Accounting(per, norm, recipe.frame_stack, recipe.stack_padding)
     low = known_reward_low(recipe) if reward_low is None else check_real("reward_low", reward_low)
     if low is None:
-        raise ValueError(f"reward_low must be given: no sure lower bound of the reward of a step is known for {recipe.label}")
+        raise ValueError(
+            f"reward_low (--reward-low) must be given: no sure lower bound of the reward of a step is known for {recipe.label}"
+        )
     rest = low if never_ends_early else min(low, 0.0)
     floor = sure_return(recipe, rest)
     if return_low is not None:
         floor = max(floor, check_real("return_low", return_low))
     refuse_false(recipe, low, floor, never_ends_early)
-    constants = LipschitzScores.of(policy)
     search = make_search(policy, recipe, accounting, grid, rest=rest, reward_low=low, nodes=nodes if method == "tree" else 0)
     refuse_unseeded(recipe)
     seeds = episode_seeds(seed, episodes)

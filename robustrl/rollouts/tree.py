@@ -40,7 +40,7 @@ class Search(NamedTuple):
         budgets: (K,).
         rest: least reward of each step to come.
         reward_low: least reward of a step.
-        nodes: most states of an episode; 0 to follow the clean episode alone, without copies.
+        nodes: most states of an episode, beside those of the clean one; 0 to follow that alone, without copies.
     """
 
     recipe: EnvRecipe
@@ -173,7 +173,7 @@ class Episode:
         self.edge_costs: list[float] = []
         self._charges: list[float] = []
         self._clean: list[bool] = []
-        root = self._state(0, over=False)
+        root = self._walked = self._state(0, over=False)
         self._fresh = [(root, self._stepper.stack)]
         self._ways[root].append((0.0, 0.0))
         self._waiting: list[tuple[int, float, float]] = [(root, 0.0, 0.0)]
@@ -231,9 +231,12 @@ class Episode:
         return Explored(np.array([self.seed]), np.array([0]), *map(np.array, found))
 
     def _may_step(self, edge: int, level: int) -> bool:
-        """Whether there is room for a state more; every budget has a share of it, and what smaller ones leave."""
-        if not self._search.nodes:
-            return self._clean[edge]
+        """Whether there is room for a state more; every budget has a share of it, and what smaller ones leave.
+
+        The clean episode always has room, so that no tree proves less than the prefix.
+        """
+        if self._clean[edge] and self.edges[edge][0] == self._walked:
+            return True
         return len(self.times) * len(self._limits) < self._search.nodes * (level + 1)
 
     def _step(self, edge: int) -> int:
@@ -243,6 +246,8 @@ class Episode:
         self.rewards[edge], over = self._stepper.step(action, self.times[state])
         known = len(self.times)
         child = self.children[edge] = self._state(self.times[state] + 1, over)
+        if self._clean[edge] and state == self._walked:
+            self._walked = child
         if child == known and not over:
             self._fresh.append((child, self._stepper.stack))
         if all(self.children[e] != UNSEARCHED for e in self._edges_of[state]):

@@ -494,3 +494,17 @@ def test_costs_are_held_against_the_network_when_a_certificate_is_made() -> None
         rrl.certify_deterministic(
             once(0.0, 1.0), lambda: gym.wrappers.TimeLimit(Drifting(), 3), [2.0], episodes=2, reward_low=0
         )
+
+
+@pytest.mark.parametrize("nodes", [1, 10, 60])
+def test_a_tree_of_any_size_proves_no_less_than_the_prefix_and_all_of_the_clean_return(nodes: int) -> None:
+    model, recipe = network(), EnvRecipe("CartPole-v1", max_episode_steps=60)
+    common: dict[str, Any] = {"episodes": 4, "seed": 3}
+    for per in ("step", "episode"):
+        tree, prefix = (
+            rrl.certify_deterministic(model, recipe, [0.0, 0.002, 0.05], per=per, method=method, nodes=nodes, **common)
+            for method in ("tree", "prefix")
+        )
+        assert (tree.bounds >= prefix.bounds).all()
+        assert (tree.bounds[:, 0] == prefix.bounds[:, 0]).all()
+        assert tree.exhausted[:, 0].all()

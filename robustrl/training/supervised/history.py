@@ -67,6 +67,11 @@ class RobustFit:
     norm: float
     attack: InnerAttack
 
+    def __repr__(self) -> str:
+        row = next((row for row in self.history if row.epoch == self.best_epoch), None)
+        figures = "" if row is None else f", best at epoch {row.epoch:g}: clean {row.clean:.3f}, pgd {row.pgd:.3f}"
+        return f"<{type(self).__name__}: {len(self.history)} evaluations{figures}>"
+
     @property
     def rollbacks(self) -> int:
         """How often the guard went back."""
