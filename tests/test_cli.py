@@ -422,7 +422,7 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "train with an epsilon that nothing needs": ((*TRAIN, "--epsilon", 0.1, "--out", "HERE/new"), "epsilon: only the algorithms sa_ppo and sa_dqn take this"),
     "train robustly with an unknown loss": (
         (*TRAIN, "--algo", "sa-ppo", "--loss", "crown", "--out", "HERE/new"),
-        "loss must be one of 'sgld', 'pgd', 'ibp', 'radial'",
+        "loss must be one of 'sgld', 'pgd', 'fgsm-rs', 'n-fgsm', 'ibp', 'radial'",
     ),
     "train with odd environment arguments": ((*TRAIN, "--env-kwargs", '{"wings": 2}', "--out", "HERE/new"), "cannot be made with"),
     "no normalisation file": (("certify", *ZIP, "--sigma", 0.2, "--normalization", "HERE/none.npz"), "no normalisation file"),

@@ -259,7 +259,7 @@ def test_the_default_picture_network_takes_atari_frames() -> None:
         (lambda: rrl.LipschitzMLP(VECTORS, activation="swsh"), "activation must be one of 'maxmin', 'householder', 'swish'"),
         (lambda: rrl.LipschitzMLP(VECTORS, activation="maxmin:2"), "activation must be one of 'maxmin', 'householder'"),
         (lambda: rrl.LipschitzMLP(VECTORS, activation="swish:"), "activation must be NAME or NAME:NUMBER"),
-        (lambda: rrl.LipschitzMLP(VECTORS, activation="swish:nan"), "activation must be NAME or NAME:NUMBER with a number > 0"),
+        (lambda: rrl.LipschitzMLP(VECTORS, activation="swish:nan"), "beta must be a finite number > 0"),
         (lambda: rrl.LipschitzMLP(VECTORS, activation="relu:2"), "beta and learnable must be left out for 'relu'"),
         (
             lambda: rrl.LipschitzMLP(spaces.Box(0, 255, (4, 84, 84), np.uint8)),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from stable_baselines3 import A2C, DQN, PPO, SAC
 
 from robustrl.errors import UnsafeModelError
@@ -16,7 +17,7 @@ from robustrl.networks.activations import LeakyReLU, SmoothActivation, from_text
 from robustrl.networks.extractors import LipschitzCNN, LipschitzMLP
 from robustrl.policy import PolicyView
 from robustrl.policy.loading import _known_text, load_model
-from robustrl.training.architecture import architecture
+from robustrl.training.architecture import architecture, warn_of_actions
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,18 @@ def test_a_lipschitz_network_is_an_extractor_and_one_linear_layer_of_the_actor_a
         architecture("recurrent_ppo", "lipschitz-mlp")
     with pytest.raises(ValueError, match="network must be one of"):
         architecture("ppo", "resnet")
+    for network in (None, "mlp"):
+        with pytest.raises(ValueError, match="activation 'maxmin' needs network lipschitz-mlp or lipschitz-cnn"):
+            architecture("ppo", network, "maxmin")
+
+
+@pytest.mark.filterwarnings("error")
+def test_only_lipschitz_networks_of_continuous_actions_are_warned_of() -> None:
+    box = spaces.Box(-1, 1, (2,))
+    for network, space in ((None, box), ("same", box), ("mlp", box), ("lipschitz-cnn", spaces.Discrete(2))):
+        warn_of_actions(network, space)
+    with pytest.warns(UserWarning, match="network lipschitz-cnn: .* discrete actions only"):
+        warn_of_actions("lipschitz-cnn", box)
 
 
 @pytest.mark.parametrize(

@@ -222,3 +222,12 @@ def test_the_shell_distils_what_it_can_attack(tmp_path: Path) -> None:
     assert (record["network"], record["norm"], record["epsilon"]) == ("lipschitz-mlp", "2", 0.05)
     attack = ["attack", tmp_path / "run", "--norm", "inf", "--epsilon", 0.05, "--episodes", 2]
     assert CliRunner().invoke(app, [str(part) for part in attack]).exit_code == 0
+
+
+def test_the_shell_says_how_near_continuous_actions_are(tmp_path: Path) -> None:
+    teacher("ppo", env="Pendulum-v1").save(tmp_path / "teacher.zip")
+    command = ["distil", tmp_path / "teacher.zip", "--env", "Pendulum-v1", "--max-episode-steps", 50, "--out", tmp_path / "run"]
+    command += ["--network", "mlp", "--epsilon", 0.05, "--rounds", 1, "--observations", 400, "--epochs", 1]
+    done = CliRunner().invoke(app, [str(part) for part in command])
+    assert done.exit_code == 0, done.output
+    assert "acts within 0.1 of its teacher in every entry" in " ".join(done.output.split())

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3 import A2C, DQN, PPO, SAC
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toys import Pixels, Steps
 
@@ -360,7 +360,7 @@ def test_the_best_weights_come_with_what_normalised_their_observations(tmp_path:
     kept, live = run.env.normalization, Normalization.of(model.get_vec_normalize_env())
     assert kept is not None
     assert (kept == live) == (run.hyperparameters["robust"]["timesteps"] == model.num_timesteps)
-    assert (tmp_path / "normalization-last.npz").exists() == (kept != live)
+    assert Normalization.load(tmp_path / "normalization-last.npz") == live
     threat = ThreatModel(norm=math.inf, step=0.1, units="normalized")
     again = attack_policy(load_agent(tmp_path), run.env, GradientAttack(Margin()), threat, 20, seed=0).mean
     worst = run.hyperparameters["robust"]["worst_mean_return"]
@@ -373,6 +373,11 @@ def test_the_best_weights_come_with_what_normalised_their_observations(tmp_path:
         ({"robust": "fgsm"}, "robust must be one of"),
         ({"robust": "pgd", "algo": "a2c"}, "robust 'pgd' needs algo ppo, dqn, sa_ppo or sa_dqn, got a2c"),
         ({"robust": "pgd", "hyperparameters": {"loss": "ibp"}}, "robust and the hyper-parameter loss exclude each other"),
+        ({"robust": "pgd"}, "robust needs the hyper-parameter epsilon, .*--epsilon"),
+        (
+            {"robust": "pgd", "attack": "learned", "threat": ThreatModel(norm=math.inf, step=0.1)},
+            "robust and attack exclude each other",
+        ),
         ({"network": "resnet"}, "network must be one of"),
         ({"activation": "sine"}, "activation must be one of"),
         (
@@ -385,3 +390,45 @@ def test_what_robust_training_cannot_do_is_refused(tmp_path: Path, options: dict
     with pytest.raises(ValueError, match=message):
         quick(tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_last_weights_survive_an_interrupt_of_the_last_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("robustrl.training.robust.RobustEvalCallback.evaluate", stop)
+    settings = {**QUICK["ppo"], "epsilon": 0.1}
+    with pytest.raises(KeyboardInterrupt):
+        quick(tmp_path, robust="fgsm-rs", hyperparameters=settings, timesteps=32, normalize=True)
+    assert type(load_model(tmp_path / "model-last.zip")) is PPO
+    assert Normalization.load(tmp_path / "normalization-last.npz") is not None
+    assert not (tmp_path / "model.zip").exists()
+
+
+@pytest.mark.parametrize(("algo", "evaluations"), [("ppo", 2), ("dqn", 4)])
+def test_weights_that_nothing_changed_are_not_evaluated_again_and_evaluations_are_announced(
+    tmp_path: Path, algo: str, evaluations: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """64 steps per update of PPO, and 32 before the first of DQN; one more evaluation at the end."""
+    settings = {**QUICK[algo], "epsilon": 0.1}
+    env = replace(RECIPE, max_episode_steps=5)
+    steps = {"ppo": 64, "dqn": 100}[algo]
+    quick(tmp_path, algo, env=env, robust="fgsm-rs", hyperparameters=settings, timesteps=steps, progress_bar=True)
+    assert capsys.readouterr().out.count("evaluating 20 episodes each: clean, pgd") == evaluations
+
+
+@pytest.mark.parametrize(("given", "rate"), [({}, 5e-3), ({"learning_rate": 1e-4}, 1e-4)])
+def test_a_lipschitz_network_has_a_rate_of_its_own_and_is_recorded_as_built(
+    tmp_path: Path, given: dict[str, float], rate: float
+) -> None:
+    model = quick(tmp_path, "dqn", network="lipschitz-mlp", hyperparameters={**QUICK["dqn"], **given})
+    assert model.learning_rate == rate
+    record = RunInfo.load(tmp_path).hyperparameters
+    assert record["learning_rate"] == rate
+    assert record["policy_kwargs"]["net_arch"] == model.policy.net_arch == []
+
+
+def test_a_lipschitz_network_for_continuous_actions_warns_that_nothing_certifies_it(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="network lipschitz-mlp: certificates without noise take discrete actions only"):
+        model = quick(tmp_path, "sac", env="Pendulum-v1", network="lipschitz-mlp", timesteps=4)
+    assert type(model) is SAC

@@ -269,7 +269,7 @@ def test_a_term_that_is_not_finite_stops_training() -> None:
         ({"kappa": -1.0}, "kappa must be a finite number >= 0"),
         ({"kappa": math.nan}, "kappa must be a finite number >= 0"),
         ({"norm": 3}, "norm must be one of"),
-        ({"loss": "crown"}, "loss must be one of 'sgld', 'pgd', 'ibp', 'radial'"),
+        ({"loss": "crown"}, "loss must be one of 'sgld', 'pgd', 'fgsm-rs', 'n-fgsm', 'ibp', 'radial'"),
         (
             {"loss": attacks.Margin()},
             r"loss must be .* or a Regularizer of robustrl\.training\.robust.*Margin\(\) of type robustrl\.attacks",
