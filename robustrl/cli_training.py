@@ -73,8 +73,8 @@ def train(
     robust: Annotated[
         str | None,
         typer.Option(
-            help="fgsm-rs, n-fgsm or pgd: ppo and dqn become sa-ppo and sa-dqn with this attack within --epsilon, and the weights are kept "
-            "that do best under PGD."
+            help="fgsm-rs, n-fgsm or pgd: ppo and dqn become sa-ppo and sa-dqn with this attack within --epsilon (required), and the weights "
+            "are kept that do best under PGD. Not with --attack."
         ),
     ] = None,
     network: Network = None,
@@ -231,8 +231,11 @@ def distil(
     trust: Trust = False,
 ) -> None:
     """Distil a dqn, ppo or a2c policy into a new network that does the same under attack, into a run directory."""
+    from gymnasium import spaces
+
     from robustrl.training.distil import distil_run
     from robustrl.training.run_files import RunInfo
+    from robustrl.training.supervised import Cloning
 
     changes = {
         "frame_stack": frame_stack,
@@ -258,9 +261,9 @@ def distil(
     shares = RunInfo.load(out).hyperparameters["distilled"]["agreement"]
     print(f"distilled {target} on {recipe.label} with {attack_name}, epsilon {epsilon:g}: {out / 'model.zip'}")
     if shares:
-        print(
-            "held-out observations on which it does what its teacher does: {clean:.1%}, {pgd:.1%} under PGD".format(
-                **shares[-1]
-            )
+        discrete = isinstance(recipe.action_space, spaces.Discrete)
+        does = (
+            "does what its teacher does" if discrete else f"acts within {Cloning().tolerance:g} of its teacher in every entry"
         )
+        print("held-out observations on which it {}: {clean:.1%}, {pgd:.1%} under PGD".format(does, **shares[-1]))
     print(f"next: robustrl attack {out} --norm {norm or 'inf'} --epsilon {epsilon:g}")

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
+
+from gymnasium import spaces
 
 from robustrl.errors import check_choice
 from robustrl.networks.activations import from_text
-from robustrl.networks.extractors import LipschitzCNN, LipschitzMLP
+from robustrl.networks.extractors import PAIRS, LipschitzCNN, LipschitzMLP
 
 NETWORKS = {"mlp": None, "lipschitz-mlp": LipschitzMLP, "lipschitz-cnn": LipschitzCNN}
 """Feature extractors by name; "mlp" is what Stable-Baselines3 has for the space."""
 SHARING = ("ppo", "a2c", "sa_ppo")
 """Algorithms whose critic would shape the features of the policy, if they were one extractor's."""
+LIPSCHITZ_RATE = 5e-3
+"""Learning rate of Lipschitz networks unless another is given. Their weights are scaled by 1 / sqrt(width), so that a step of Adam moves
+the layers by that much less."""
 
 
 def architecture(algo: str, network: str | None = None, activation_fn: str | None = None) -> dict[str, Any]:
@@ -27,6 +33,10 @@ def architecture(algo: str, network: str | None = None, activation_fn: str | Non
     """
     extractor = None if network is None else NETWORKS[check_choice("network", network, tuple(NETWORKS))]
     if extractor is None:
+        if activation_fn in PAIRS:
+            raise ValueError(
+                f"activation {activation_fn!r} needs network lipschitz-mlp or lipschitz-cnn (--network lipschitz-mlp)"
+            )
         return {} if activation_fn is None else {"activation_fn": from_text(activation_fn)}
     if algo == "recurrent_ppo":
         raise ValueError(f"network {network!r} has no meaning for recurrent_ppo: no Lipschitz constant of its LSTM is known")
@@ -34,3 +44,9 @@ def architecture(algo: str, network: str | None = None, activation_fn: str | Non
     if activation_fn is not None:
         kwargs["features_extractor_kwargs"] = {"activation": activation_fn}
     return kwargs | ({"share_features_extractor": False} if algo in SHARING else {})
+
+
+def warn_of_actions(network: str | None, space: spaces.Space[Any]) -> None:
+    """A UserWarning where a Lipschitz network will not get what it is chosen for: a certificate without noise."""
+    if network is not None and NETWORKS.get(network) is not None and not isinstance(space, spaces.Discrete):
+        warnings.warn(f"network {network}: certificates without noise take discrete actions only, got {space}", stacklevel=3)

@@ -27,7 +27,7 @@ from robustrl.policy.loading import algorithm_class
 from robustrl.rollouts.executor import build, one_thread
 from robustrl.seeding import integer_seed, torch_generator
 from robustrl.threat import ThreatModel
-from robustrl.training.architecture import NETWORKS, architecture
+from robustrl.training.architecture import NETWORKS, architecture, warn_of_actions
 from robustrl.training.gathering import Stacks, gather
 from robustrl.training.robust.neighbourhood import check_epsilon
 from robustrl.training.run_files import RunInfo
@@ -109,6 +109,7 @@ def distil(
     roots = np.random.SeedSequence(seed).spawn(3 * rounds)
     if view.kind not in KINDS:
         raise TypeError(f"teacher must have action values, logits or Gaussian actions, got {view.kind!r}")
+    warn_of_actions(network, recipe.action_space)
     model = student(teacher, network, activation, policy_kwargs, seed=seed)
     found, stacks = recipe.view(model), list[Stacks]()
     with one_thread():
@@ -244,7 +245,7 @@ def distil_run(teacher: Any, env: Any, out: str | os.PathLike[str], *, seed: int
         out: run directory; must not hold another model.
         seed: of everything.
         options: of `distil`, recorded as plain data under "distilled" among the hyper-parameters; so is the share of held-out
-            observations of each round on which the student does what the teacher does, clean and under PGD within epsilon.
+            observations of each round on which the student does what the teacher does (continuous actions: within `Cloning.tolerance`), clean and under PGD within epsilon.
     Raises:
         FileExistsError: if `out` already holds a model.
     """

@@ -24,7 +24,7 @@ from robustrl.policy.loading import ACTING_AS, algorithm_class, algorithm_name
 from robustrl.rollouts.executor import build, one_thread
 from robustrl.rollouts.progress import progress_bar as rollout_bar
 from robustrl.threat import ThreatModel
-from robustrl.training.architecture import architecture
+from robustrl.training.architecture import LIPSCHITZ_RATE, architecture, warn_of_actions
 from robustrl.training.presets import Preset, preset_for
 from robustrl.training.run_files import RunInfo
 
@@ -36,7 +36,7 @@ ROBUST = {"epsilon", "kappa", "norm", "loss", "epsilon_schedule"}
 """What `SAPPO` and `SADQN` take beside PPO's and DQN's arguments."""
 SOLVERS = ("fgsm-rs", "n-fgsm", "pgd")
 EVALUATIONS = 20
-"""Of a robust training, at equal distances."""
+"""Of a robust training, at equal distances; fewer if weights change less often."""
 ACTIONS: dict[str, Any] = {
     "dqn": spaces.Discrete,
     "sa_dqn": spaces.Discrete,
@@ -87,9 +87,10 @@ def train(
         threat: its budget; units="normalized" where the observations are.
         robust: "fgsm-rs", "n-fgsm" or "pgd": algo "ppo" becomes "sa_ppo" and "dqn" "sa_dqn", whose term this attack maximises within the
             hyper-parameter epsilon; and the weights are kept that have the best worst mean return of episodes without an attack and under
-            PGD within epsilon, of 20 evaluations on the way. `model.zip` holds them, `model-last.zip` (and `normalization-last.npz`)
-            what training ended with.
-        network: "mlp", "lipschitz-mlp" or "lipschitz-cnn"; see `robustrl.training.architecture`.
+            PGD within epsilon, of up to 20 evaluations on the way; excludes `attack`, and epsilon must be given. `model.zip` holds them, `model-last.zip` (and `normalization-last.npz`)
+            what training ended with, and is there before the last evaluation.
+        network: "mlp", "lipschitz-mlp" or "lipschitz-cnn"; see `robustrl.training.architecture`. Lipschitz networks have learning_rate
+            0.005 unless another is given.
         activation: NAME or NAME:SETTING, e.g. "swish:4"; see there.
         progress_bar: show a bar with an ETA.
         verbose: SB3's verbosity.
@@ -103,6 +104,10 @@ def train(
 
     recipe, algo = EnvRecipe.of(env), algorithm_name(algo)
     if robust is not None:
+        if attack is not None:
+            raise ValueError(
+                "robust and attack exclude each other: train with a robustness term, or behind an attack (--attack)"
+            )
         algo = _robust_algorithm(algo, check_choice("robust", robust, SOLVERS))
     kind, folder = _learner(algo), Path(out)
     if (folder / "model.zip").exists():
@@ -115,10 +120,14 @@ def train(
     given = dict(hyperparameters or {})
     arguments = {**preset.arguments(algo), **given} | ({} if robust is None else {"loss": robust})
     built = architecture(algo, network, activation)
+    if "features_extractor_class" in built and "learning_rate" not in given:
+        arguments["learning_rate"] = LIPSCHITZ_RATE
     if twice := ", ".join(sorted(built.keys() & given.get("policy_kwargs", {}).keys())):
         raise ValueError(f"hyperparameters must not set {twice} in policy_kwargs beside network and activation, which do")
     if "loss" in given and robust is not None:
         raise ValueError("robust and the hyper-parameter loss exclude each other: both say what maximises the term")
+    if robust is not None and "epsilon" not in given:
+        raise ValueError("robust needs the hyper-parameter epsilon, the radius of its attack (--epsilon RADIUS)")
     if algo not in ACTING_AS and (odd := ", ".join(sorted(ROBUST & arguments.keys()))):
         raise ValueError(
             f"{odd}: only the algorithms sa_ppo and sa_dqn take this (--algo sa-ppo), got algo {algo}; "
@@ -129,6 +138,8 @@ def train(
             f"attack 'learned' needs an algorithm with rollouts (ppo, a2c, recurrent_ppo, sa_ppo), got algo {algo}"
         )
     written = copy.deepcopy(arguments)  # SB3 writes into the policy_kwargs that it is given
+    if "net_arch" in built:  # in place of the preset's
+        written["policy_kwargs"] = {**written.get("policy_kwargs", {}), "net_arch": built["net_arch"]}
     written |= {name: value for name, value in (("network", network), ("activation", activation)) if value is not None}
     side_by_side = preset.env.get("n_envs", 1) if n_envs is None else n_envs
     learns = recipe.normalization is None and (preset.normalize if normalize is None else normalize)
@@ -141,6 +152,7 @@ def train(
     name, policy_kwargs = policy_for(venv.observation_space, algo)
     if policy_kwargs or built:
         arguments["policy_kwargs"] = policy_kwargs | arguments.get("policy_kwargs", {}) | built
+    warn_of_actions(network, recipe.action_space)
     # Networks this small only lose time to a second thread, and the weights would depend on the number of threads.
     with one_thread():
         model = kind(name, venv, seed=seed, verbose=verbose, **arguments)
@@ -154,22 +166,26 @@ def train(
             callbacks: list[BaseCallback] = [_Advance(advance)]
             if attack == "learned" and threat is not None:
                 callbacks.append(_adversary(recipe, threat, preset, side_by_side))
-            watch = None if robust is None else _watch(recipe, model, normalizer is not None, steps)
+            watch = None if robust is None else _watch(recipe, model, normalizer is not None, steps, int(progress_bar))
             if watch is not None:
                 callbacks.append(watch)
             model.learn(steps, callback=callbacks)
+        if normalizer is not None:
+            recipe = replace(recipe, normalization=Normalization.of(normalizer))
         if watch is not None:
+            # Before an evaluation that takes a while: an interrupt must not cost the training.
+            save_model(model, folder / "model-last.zip")
+            if normalizer is not None and recipe.normalization is not None:
+                recipe.normalization.save(folder / "normalization-last.npz")
             watch.evaluate()
             model.logger.dump(model.num_timesteps)
-    if normalizer is not None:
-        recipe = replace(recipe, normalization=Normalization.of(normalizer))
     if watch is not None and watch.kept is not None:
         written["robust"] = {
             "kept": "best",
             "timesteps": watch.kept.timesteps,
             "worst_mean_return": watch.kept.worst_mean_return,
         }
-        recipe = _keep_best(model, recipe, watch.kept, folder)
+        recipe = _keep_best(model, recipe, watch.kept)
     if attack is not None and threat is not None:
         written["attack"] = {"attack": attack if isinstance(attack, str) else attack.to_dict(), "threat": threat.to_dict()}
     RunInfo(algo, recipe.to_dict(), int(seed), steps, written, dict(build())).save(folder)
@@ -194,7 +210,7 @@ def _robust_algorithm(algo: str, robust: str) -> str:
     return found
 
 
-def _watch(recipe: EnvRecipe, model: Any, normalized: bool, steps: int) -> RobustEvalCallback:
+def _watch(recipe: EnvRecipe, model: Any, normalized: bool, steps: int, verbose: int) -> RobustEvalCallback:
     """Evaluations under the attack that the term is about."""
     from robustrl.training.robust import RobustEvalCallback
     from robustrl.training.robust.neighbourhood import check_epsilon
@@ -203,17 +219,16 @@ def _watch(recipe: EnvRecipe, model: Any, normalized: bool, steps: int) -> Robus
     if not isinstance(model.epsilon, ThreatModel):
         threat = replace(threat, units="normalized" if normalized else frame_units(recipe))
     attack = GradientAttack(Margin() if isinstance(recipe.action_space, spaces.Discrete) else ActionDeviation())
-    return RobustEvalCallback(recipe, {"pgd": (attack, threat)}, every=max(1, steps // EVALUATIONS), seed=model.seed)
+    # Any sooner and the weights would be those of the start.
+    unchanged = model.learning_starts if hasattr(model, "learning_starts") else model.n_steps * model.n_envs
+    every = max(steps // EVALUATIONS, unchanged + 1)
+    return RobustEvalCallback(recipe, {"pgd": (attack, threat)}, every=every, seed=model.seed, verbose=verbose)
 
 
-def _keep_best(model: Any, recipe: EnvRecipe, kept: Kept, folder: Path) -> EnvRecipe:
-    """Put the last model aside and give it its best weights; returns the recipe with what normalised observations then."""
-    save_model(model, folder / "model-last.zip")
+def _keep_best(model: Any, recipe: EnvRecipe, kept: Kept) -> EnvRecipe:
+    """Give a model its best weights; returns the recipe with what normalised observations then."""
     model.policy.load_state_dict(kept.weights)
-    if kept.normalization is None or recipe.normalization is None or kept.normalization == recipe.normalization:
-        return recipe
-    recipe.normalization.save(folder / "normalization-last.npz")
-    return replace(recipe, normalization=kept.normalization)
+    return recipe if kept.normalization is None else replace(recipe, normalization=kept.normalization)
 
 
 def policy_for(space: spaces.Space[Any], algo: str) -> tuple[str, dict[str, Any]]:

@@ -405,7 +405,7 @@ def test_the_last_weights_survive_an_interrupt_of_the_last_evaluation(tmp_path: 
     assert not (tmp_path / "model.zip").exists()
 
 
-@pytest.mark.parametrize(("algo", "evaluations"), [("ppo", 2), ("dqn", 4)])
+@pytest.mark.parametrize(("algo", "evaluations"), [("ppo", 1), ("dqn", 4)])
 def test_weights_that_nothing_changed_are_not_evaluated_again_and_evaluations_are_announced(
     tmp_path: Path, algo: str, evaluations: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

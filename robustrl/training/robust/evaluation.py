@@ -57,6 +57,7 @@ class RobustEvalCallback(BaseCallback):
             normalisation, `normalization.npz`; it is no run directory: `load_agent("runs/best/model.zip")`.
         deterministic: greedy actions, or sampled ones.
         seed: of the episodes.
+        verbose: 1 prints a line before every evaluation, which takes a while.
 
     Attributes:
         kept: the best weights themselves, in memory; None before the first evaluation.
@@ -81,8 +82,9 @@ class RobustEvalCallback(BaseCallback):
         best: str | os.PathLike[str] | None = None,
         deterministic: bool = True,
         seed: int = 0,
+        verbose: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(verbose)
         self.recipe, self.attacks = EnvRecipe.of(env), dict(attacks)
         if "clean" in self.attacks:
             raise ValueError("attacks must not name one 'clean': that is the evaluation without an attack")
@@ -108,6 +110,9 @@ class RobustEvalCallback(BaseCallback):
 
     def evaluate(self) -> dict[str, float]:
         """Mean returns by name; keeps the weights if the worst of them is the best so far."""
+        if self.verbose:
+            names = ", ".join(("clean", *self.attacks))
+            print(f"step {self.num_timesteps}: evaluating {self.episodes} episodes each: {names}", flush=True)
         recipe = as_learner_sees(self.recipe, self.model)
         view, common = recipe.view(self.model), {"seed": self.seed, "deterministic": self.deterministic}
         means: dict[str, float] = {}
