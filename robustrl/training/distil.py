@@ -245,7 +245,8 @@ def distil_run(teacher: Any, env: Any, out: str | os.PathLike[str], *, seed: int
         out: run directory; must not hold another model.
         seed: of everything.
         options: of `distil`, recorded as plain data under "distilled" among the hyper-parameters; so is the share of held-out
-            observations of each round on which the student does what the teacher does (continuous actions: within `Cloning.tolerance`), clean and under PGD within epsilon.
+            observations of each round on which the student does what the teacher does, clean and under PGD within epsilon; of
+            continuous actions, up to the `tolerance` of `Cloning`.
     Raises:
         FileExistsError: if `out` already holds a model.
     """

@@ -87,8 +87,8 @@ def train(
         threat: its budget; units="normalized" where the observations are.
         robust: "fgsm-rs", "n-fgsm" or "pgd": algo "ppo" becomes "sa_ppo" and "dqn" "sa_dqn", whose term this attack maximises within the
             hyper-parameter epsilon; and the weights are kept that have the best worst mean return of episodes without an attack and under
-            PGD within epsilon, of up to 20 evaluations on the way; excludes `attack`, and epsilon must be given. `model.zip` holds them, `model-last.zip` (and `normalization-last.npz`)
-            what training ended with, and is there before the last evaluation.
+            PGD within epsilon, of up to 20 evaluations on the way. `model.zip` holds them, `model-last.zip` (and `normalization-last.npz`)
+            what training ended with, written before the last evaluation. Needs epsilon among the hyper-parameters; excludes `attack`.
         network: "mlp", "lipschitz-mlp" or "lipschitz-cnn"; see `robustrl.training.architecture`. Lipschitz networks have learning_rate
             0.005 unless another is given.
         activation: NAME or NAME:SETTING, e.g. "swish:4"; see there.
