@@ -269,11 +269,15 @@ def figure(found: dict[str, dict[str, Any]]) -> None:
     drawing = Figure(figsize=(4 * len(found) + 1.5, 3.6), layout="constrained")
     axes = np.atleast_1d(drawing.subplots(1, len(found)))
     for ax, (name, one) in zip(axes, found.items(), strict=True):
-        for color, label in (("C0", "tree"), ("C1", "prefix"), ("C2", "smoothed")):
-            ax.plot(one["budgets"], one[label]["certified"], "o-", markersize=3, color=color, label=f"certified, {label}")
+        # Steps: a bound holds for smaller budgets too, an attack for larger ones.
+        for color, label, width in (("C1", "prefix", 4), ("C0", "tree", 1.5), ("C2", "smoothed", 1.5)):
+            style: dict[str, Any] = {"drawstyle": "steps-pre", "linewidth": width, "alpha": 0.5 if width > 2 else 1.0}
+            ax.plot(
+                one["budgets"], one[label]["certified"], "o-", markersize=3, color=color, label=f"certified, {label}", **style
+            )
         for color, label in (("C0", "attacked"), ("C2", "smoothed, attacked")):
-            points = [(0.0, math.nan), *((float(budget), mean) for budget, (mean, _) in one[label].items())]
-            ax.plot(*zip(*points, strict=True), "x--", color=color, label=label)
+            points = [(float(budget), mean) for budget, (mean, _) in one[label].items()]
+            ax.plot(*zip(*points, strict=True), "x--", color=color, label=label, drawstyle="steps-post")
         ax.set_title(f"{name}, sigma {one['sigma']:g}")
         ax.set_xlabel("l2 budget of an episode")
         ax.grid(alpha=0.3)
