@@ -47,7 +47,9 @@ class Verification:
 
     def __str__(self) -> str:
         text = "digest and recomputed bound agree with the stored evidence"
-        if isinstance(self.certificate, DeterministicCertificate) and self.replayed:
+        if isinstance(self.certificate, DeterministicCertificate):
+            if not self.replayed:
+                return f"{text}; no episode was replayed (model=, --model): that they are of this model is their author's word"
             return f"{text}; random paths of {len(self.replayed)} episode(s) {list(self.replayed)} replayed: same rewards, same costs"
         if not isinstance(self.certificate, EpisodeCertificate):
             return f"{text}; that the evidence is of this model and input is its author's word"

@@ -449,6 +449,8 @@ def test_clean_episodes_are_walked_to_their_end_where_none_may_end_early(nodes: 
     assert found.bounds.tolist() == [[12.0]] * 2
     result = rrl.verify_certificate(found, once(0.0, 1.0), env=partial(make, False))
     assert len(result.replayed) == 2
+    assert "no episode was replayed" not in str(result)
+    assert "no episode was replayed" in str(rrl.verify_certificate(found, env=partial(make, False)))
 
 
 def test_a_replay_notices_episodes_that_now_end_early() -> None:
