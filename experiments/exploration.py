@@ -2,7 +2,7 @@
 
     python experiments/exploration.py [--only two-islands] [--workers 2]
 
-Two islands (the setting of the specification's prototype): 50 seeds of ASE and undirected ASE with the true smallest probability, .3, as
+Two islands (the setting of a first prototype): 50 seeds of ASE and undirected ASE with the true smallest probability, .3, as
 tau, 10 with tau = .1, 10 of every other learner. Five islands: 10 seeds of each; the platformer: 5. Runs that are there are kept. Results go
 to experiments/results/exploration/<world>/: `summary.md`, `curves.csv`, `curves.png`, a map and an animation of the safe set growing;
 agents, certificates and TensorBoard logs to experiments/cache/exploration/.
