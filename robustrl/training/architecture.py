@@ -15,9 +15,6 @@ NETWORKS = {"mlp": None, "lipschitz-mlp": LipschitzMLP, "lipschitz-cnn": Lipschi
 """Feature extractors by name; "mlp" is what Stable-Baselines3 has for the space."""
 SHARING = ("ppo", "a2c", "sa_ppo")
 """Algorithms whose critic would shape the features of the policy, if they were one extractor's."""
-LIPSCHITZ_RATE = 5e-3
-"""Learning rate of Lipschitz networks unless another is given. Their weights are scaled by 1 / sqrt(width), so that a step of Adam moves
-the layers by that much less."""
 
 
 def architecture(algo: str, network: str | None = None, activation_fn: str | None = None) -> dict[str, Any]:

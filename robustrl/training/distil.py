@@ -89,7 +89,7 @@ def distil(
         trainer: further arguments of `RobustTrainer`, e.g. batch_size, gradalign or keep.
     Returns:
         a model of the teacher's algorithm, for acting (its replay buffer has length 1), that can be saved, attacked and certified as
-        any. Of its action values only the differences mean anything. A critic is distilled too, on the true observations.
+        any. Of its action values only the differences mean anything. A critic is distilled too, without attacks.
     Raises:
         ValueError: for bad arguments, or a policy that does not fit the environment.
         TypeError: for other models and policies.

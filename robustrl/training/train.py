@@ -24,7 +24,7 @@ from robustrl.policy.loading import ACTING_AS, algorithm_class, algorithm_name
 from robustrl.rollouts.executor import build, one_thread
 from robustrl.rollouts.progress import progress_bar as rollout_bar
 from robustrl.threat import ThreatModel
-from robustrl.training.architecture import LIPSCHITZ_RATE, architecture, warn_of_actions
+from robustrl.training.architecture import architecture, warn_of_actions
 from robustrl.training.presets import Preset, preset_for
 from robustrl.training.run_files import RunInfo
 
@@ -89,8 +89,7 @@ def train(
             hyper-parameter epsilon; and the weights are kept that have the best worst mean return of episodes without an attack and under
             PGD within epsilon, of up to 20 evaluations on the way. `model.zip` holds them, `model-last.zip` (and `normalization-last.npz`)
             what training ended with, written before the last evaluation. Needs epsilon among the hyper-parameters; excludes `attack`.
-        network: "mlp", "lipschitz-mlp" or "lipschitz-cnn"; see `robustrl.training.architecture`. Lipschitz networks have learning_rate
-            0.005 unless another is given.
+        network: "mlp", "lipschitz-mlp" or "lipschitz-cnn"; see `robustrl.training.architecture`.
         activation: NAME or NAME:SETTING, e.g. "swish:4"; see there.
         progress_bar: show a bar with an ETA.
         verbose: SB3's verbosity.
@@ -120,8 +119,6 @@ def train(
     given = dict(hyperparameters or {})
     arguments = {**preset.arguments(algo), **given} | ({} if robust is None else {"loss": robust})
     built = architecture(algo, network, activation)
-    if "features_extractor_class" in built and "learning_rate" not in given:
-        arguments["learning_rate"] = LIPSCHITZ_RATE
     if twice := ", ".join(sorted(built.keys() & given.get("policy_kwargs", {}).keys())):
         raise ValueError(f"hyperparameters must not set {twice} in policy_kwargs beside network and activation, which do")
     if "loss" in given and robust is not None:

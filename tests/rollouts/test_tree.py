@@ -179,6 +179,21 @@ def first_within(seed: int, budget: float) -> int:
     return t
 
 
+def test_a_good_controller_of_cartpole_is_close_to_the_other_action_nearly_always() -> None:
+    """Distances to a linear controller's boundary over 20 episodes of 500 steps, which docs/methods/deterministic.md quotes."""
+    w, radii = np.array([0.05, 0.3, 3.0, 1.0]), []
+    env = gym.make("CartPole-v1")
+    for seed in range(20):
+        frame, over = env.reset(seed=seed)[0], False
+        while not over:
+            radii.append(abs(w @ frame.astype(np.float64)) / np.linalg.norm(w))
+            frame, _, terminated, truncated, _ = env.step(int(w @ frame > 0))
+            over = terminated or truncated
+    assert len(radii) == 20 * 500
+    assert np.quantile(radii, 0.5) == pytest.approx(0.036, abs=0.002)
+    assert np.quantile(radii, 0.01) == pytest.approx(1.1e-4, rel=0.3)
+
+
 @pytest.mark.parametrize("attack", ["pgd", "mad"])
 def test_no_attack_crosses(attack: str) -> None:
     recipe = EnvRecipe("CartPole-v1", max_episode_steps=25)
